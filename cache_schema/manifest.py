@@ -1,0 +1,254 @@
+"""What stands in ``plan.json``, ``shard-NNNNN.json`` and ``manifest.json``.
+
+The plan says what a cache is of; it is written first and every worker must bring the same. A receipt says what
+one shard holds; it is written after the shard's files. The manifest is the plan and all receipts; it is written
+last, so a cache is finished exactly when it exists. No clock, host, worker or output path stands in any of them.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cache_schema.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, StorageError
+from cache_schema.sequence import Positions
+from cache_schema.storage import publish_text
+
+FORMAT_VERSION = 1
+PLAN_NAME = "plan.json"
+MANIFEST_NAME = "manifest.json"
+LM_HEAD_NAME = "lm_head.safetensors"
+TOKENIZER_NAME = "tokenizer"
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TeacherIdentity(_Stored):
+    name: str
+    """Hub name, or the last part of a local path. For people; the fingerprint is the identity."""
+    fingerprint: str
+    """SHA-256 over the model's config and the bytes of its weight files."""
+    architecture: str
+    num_parameters: int
+    dtype: Literal["float32", "bfloat16", "float16"]
+    """Compute dtype of body and LM head."""
+
+
+class TokenizerIdentity(_Stored):
+    fingerprint: str
+    vocab_size: int
+    """Highest token id, added tokens included, plus one: the V of every softmax, log-sum-exp and top-k."""
+    chat_template: str | None
+    """SHA-256 of the chat template, if there is one."""
+
+
+class DatasetIdentity(_Stored):
+    name: str
+    sha256: str
+    """Over the rows that were read, in order."""
+    num_rows: int
+    num_duplicates: int
+    """Rows whose ids and mask another row already had; stored once."""
+    num_truncated: int
+    max_tokens: int
+
+
+class Generation(_Stored):
+    """How the teacher wrote the responses, where it did."""
+
+    max_new_tokens: int
+    temperature: float
+    """0 is greedy."""
+    top_p: float
+    seed: int
+
+
+class Engine(_Stored):
+    name: Literal["transformers", "vllm"]
+    device: str
+    """``cpu`` or the accelerator's name."""
+    num_threads: int
+    """CPU threads; they decide the order of float32 sums. 0 on an accelerator."""
+    tokens_per_batch: int
+    versions: dict[str, str]
+
+
+class HiddenStates(_Stored):
+    dtype: Literal["float32", "bfloat16", "float16"]
+    size: int
+    """d, the width of the final-norm output."""
+
+
+class Plan(_Stored):
+    format_version: int = FORMAT_VERSION
+    teacher: TeacherIdentity
+    tokenizer: TokenizerIdentity
+    dataset: DatasetIdentity
+    responses: Generation | None
+    """None: the data set's own responses."""
+    engine: Engine
+    positions: Positions
+    top_k: int = Field(ge=1)
+    logit_step: float = Field(ge=0)
+    """Grid of the stored logits in nats: each is within half a step of the truth. 0 stores float32."""
+    temperatures: tuple[float, ...]
+    """Where ``tail_logsumexp`` is stored."""
+    hidden_states: HiddenStates | None
+    num_sequences: int = Field(ge=1)
+    sequences_per_shard: int = Field(ge=1)
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_sequences // self.sequences_per_shard)
+
+    def shard_range(self, shard: int) -> range:
+        """Indexes, in data set order, of the sequences that ``shard`` holds."""
+        first = shard * self.sequences_per_shard
+        return range(first, min(first + self.sequences_per_shard, self.num_sequences))
+
+
+class StoredFile(_Stored):
+    name: str = Field(pattern=r"^(tokenizer/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    """Relative to the cache directory, which no name can leave."""
+    num_bytes: int
+    sha256: str
+
+
+class Receipt(_Stored):
+    shard: int
+    num_sequences: int
+    num_tokens: int
+    num_positions: int
+    logits_bytes: int
+    """Compressed bytes of the id and logit columns."""
+    scalar_bytes: int
+    """Compressed bytes of the per-position scalars: tails, label logit, row mean and deviation."""
+    files: tuple[StoredFile, ...]
+
+
+class Manifest(_Stored):
+    plan: Plan
+    receipts: tuple[Receipt, ...]
+    files: tuple[StoredFile, ...]
+    """The tokenizer's files and, with hidden states, the LM head."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(receipt.num_tokens for receipt in self.receipts)
+
+    @property
+    def num_positions(self) -> int:
+        return sum(receipt.num_positions for receipt in self.receipts)
+
+    @property
+    def all_files(self) -> list[StoredFile]:
+        return [*self.files, *(file for receipt in self.receipts for file in receipt.files)]
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:05d}.parquet"
+
+
+def hidden_name(shard: int) -> str:
+    return f"shard-{shard:05d}.hidden.parquet"
+
+
+def receipt_name(shard: int) -> str:
+    return f"shard-{shard:05d}.json"
+
+
+StoredModel = TypeVar("StoredModel", bound=_Stored)
+
+
+def write_json(path: Path, model: _Stored) -> None:
+    publish_text(path, model.model_dump_json(indent=2) + "\n")
+
+
+def read_json(path: Path, model: type[StoredModel]) -> StoredModel:
+    """Parse a stored document.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CacheCorruptError: not JSON, not this model, or of another format version.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror or error}.") from error
+    try:
+        document: Any = json.loads(raw)
+        _check_version(path, document)
+        return model.model_validate(document)
+    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(str(part) for part in reason["loc"]) or "the document"
+        raise CacheCorruptError(
+            f"{path} is damaged: {where}: {reason['msg']}. Restore the file, or delete the directory and dump again."
+        ) from None
+
+
+def read_manifest(cache_dir: Path) -> Manifest:
+    """Read what makes a directory a finished cache.
+
+    Raises:
+        CacheIncompleteError: no cache there, or its dump has not finished.
+        CacheCorruptError: the manifest is damaged or of another format version.
+    """
+    path = cache_dir / MANIFEST_NAME
+    try:
+        return read_json(path, Manifest)
+    except (FileNotFoundError, NotADirectoryError):
+        if not cache_dir.is_dir():
+            raise CacheIncompleteError(f"{cache_dir} is not a directory: give the --out of a teacher-dump.") from None
+        if (cache_dir / PLAN_NAME).exists():
+            raise CacheIncompleteError(
+                f"{cache_dir} has no {MANIFEST_NAME}: the dump has not finished. Run `pipeline teacher-dump` again "
+                f"with the same options; finished shards are kept."
+            ) from None
+        raise CacheIncompleteError(f"{cache_dir} holds no cache: there is neither plan nor manifest in it.") from None
+
+
+def manifest_sha256(cache_dir: Path) -> str:
+    """The identity a run records: hash of the manifest's bytes, and through its receipts of every byte stored."""
+    return hashlib.sha256((cache_dir / MANIFEST_NAME).read_bytes()).hexdigest()
+
+
+def require_same_plan(cache_dir: Path, stored: Plan, wanted: Plan) -> None:
+    """Refuse to go on in a directory of another plan, naming the first field that differs.
+
+    Raises:
+        CacheMismatchError: always, unless the plans are equal.
+    """
+    difference = _first_difference("", stored.model_dump(mode="json"), wanted.model_dump(mode="json"))
+    if difference:
+        field, there, here = difference
+        raise CacheMismatchError(
+            f"{cache_dir} belongs to another dump: its {field} is {there}, this command's is {here}. Give --out "
+            f"another directory, or repeat the options that dump was started with."
+        )
+
+
+def _first_difference(field: str, there: Any, here: Any) -> tuple[str, Any, Any] | None:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in dict.fromkeys([*there, *here]):
+            found = _first_difference(f"{field}.{key}".lstrip("."), there.get(key), here.get(key))
+            if found:
+                return found
+        return None
+    return None if there == here else (field, there, here)
+
+
+def _check_version(path: Path, document: Any) -> None:
+    plan = document.get("plan", document) if isinstance(document, dict) else {}
+    version = plan.get("format_version", FORMAT_VERSION) if isinstance(plan, dict) else FORMAT_VERSION
+    if version != FORMAT_VERSION:
+        raise CacheCorruptError(
+            f"{path} is of format version {version}, this program reads version {FORMAT_VERSION}: install the "
+            f"logit-cache release that wrote it, or dump again."
+        )
