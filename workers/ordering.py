@@ -1,0 +1,33 @@
+"""The one order of logits: descending, ties by ascending token id.
+
+BiLD depends on how ties are broken, and half-precision logits tie at most positions.
+
+Shape suffixes: N = positions, V = vocabulary, K = chosen ids per position.
+"""
+
+import torch
+from torch import Tensor
+
+
+def exact_top_k(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest values and their ids in the order (-logit, id), ties included. [N, k] each
+
+    ``torch.topk`` promises no order among ties, nor which of the ids tied at the cut it takes. One value more shows
+    where the cut runs through a tie; only those rows are sorted whole.
+    """
+    vocab_size = logits_NV.shape[1]
+    values, ids = torch.topk(logits_NV, min(k + 1, vocab_size), dim=1)
+    if k < vocab_size:
+        cut_in_tie = values[:, k - 1] == values[:, k]
+        ids = ids[:, :k]
+        if bool(cut_in_tie.any()):
+            tied = cut_in_tie.nonzero().squeeze(1)
+            ids[tied] = torch.sort(logits_NV[tied], dim=1, descending=True, stable=True).indices[:, :k]
+    ids = ids.sort(dim=1).values
+    return sort_by_logit(logits_NV.gather(1, ids), ids)
+
+
+def sort_by_logit(values_NK: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Order ids that stand in ascending order by (-logit, id). Values and ids, [N, K] each"""
+    values_NK, order_NK = values_NK.sort(dim=1, descending=True, stable=True)
+    return values_NK, ids_NK.gather(1, order_NK)

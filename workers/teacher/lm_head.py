@@ -1,0 +1,180 @@
+"""From hidden states to logits, in one place for every engine, every tier and the student's full rows.
+
+The teacher's logit is the dot product, accumulated in float32, of the final-norm hidden state and the LM-head row,
+both in the compute dtype, plus bias, times the architecture's logit scale, through its soft cap. Order is
+(-logit, token id) throughout.
+
+Shape suffixes: N = positions, C = positions of one chunk, V = vocabulary, D = hidden size, K = top-k,
+M = looked-up ids per position, R = temperatures.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cache_schema.errors import CacheCorruptError
+from cache_schema.storage import publish
+from workers.errors import InputError
+from workers.ordering import exact_top_k
+
+CHUNK_BYTES = 64 * 2**20
+"""Size of the largest temporary of a chunked computation; small enough for a CPU's cache hierarchy to matter little
+and a GPU's matmul to be large."""
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """The last linear map of a language model, cut to the tokenizer's vocabulary."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight_VD.shape[0]
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Every logit of some positions. float32 [N, V]"""
+        return self.finish(float32_matmul(hidden_ND, self.weight_VD), self.bias_V)
+
+    def logits_at(self, hidden_ND: Tensor, ids_NM: Tensor) -> Tensor:
+        """The logits of chosen ids, 2·D FLOPs each, chunked over positions. float32 [N, M]"""
+        logits_NM = torch.empty(ids_NM.shape, dtype=torch.float32, device=hidden_ND.device)
+        for rows in chunks(len(ids_NM), 4 * ids_NM.shape[1] * hidden_ND.shape[1]):
+            ids_CM = ids_NM[rows]
+            bias_CM = None if self.bias_V is None else self.bias_V[ids_CM]
+            products_CM = torch.bmm(self.weight_VD[ids_CM].float(), hidden_ND[rows].float().unsqueeze(2)).squeeze(2)
+            logits_NM[rows] = self.finish(products_CM, bias_CM)
+        return logits_NM
+
+    def finish(self, products: Tensor, bias: Tensor | None) -> Tensor:
+        """Bias, scale and soft cap on float32 dot products; increasing, so it keeps the order."""
+        if bias is not None:
+            products = products + bias.float()
+        if self.scale != 1.0:
+            products = products * self.scale
+        if self.softcap is not None:
+            products = self.softcap * torch.tanh(products / self.softcap)
+        return products
+
+    def to(self, device: torch.device) -> "LMHead":
+        bias_V = None if self.bias_V is None else self.bias_V.to(device)
+        return LMHead(self.weight_VD.to(device), bias_V, self.scale, self.softcap)
+
+
+@dataclass(frozen=True)
+class TopKLogits:
+    """What is kept of a teacher's row at N positions; float32 but for the ids."""
+
+    token_ids_NK: Tensor
+    logits_NK: Tensor
+    tail_logsumexp_NR: Tensor
+    label_logit_N: Tensor
+    row_mean_N: Tensor
+    row_std_N: Tensor
+
+
+def score(head: LMHead, hidden_ND: Tensor, labels_N: Tensor, top_k: int, temperatures: tuple[float, ...]) -> TopKLogits:
+    """Reduce each position's row to its top k and its statistics; [N, V] never exists whole.
+
+    The tail's log-sum-exp leaves out the stored ids instead of subtracting them, so that a tiny tail keeps its
+    digits. The deviation is the unbiased one (NormKD).
+    """
+    parts = []
+    for rows in chunks(len(hidden_ND), 4 * head.vocab_size):
+        logits_CV = head.logits(hidden_ND[rows])
+        values_CK, ids_CK = exact_top_k(logits_CV, top_k)
+        std_C, mean_C = torch.std_mean(logits_CV, dim=1)
+        label_C = logits_CV.gather(1, labels_N[rows].unsqueeze(1)).squeeze(1)
+        tail_CV = logits_CV.scatter_(1, ids_CK, -torch.inf)
+        tails_CR = torch.stack([torch.logsumexp(tail_CV / temperature, 1) for temperature in temperatures], 1)
+        parts.append((ids_CK, values_CK, tails_CR, label_C, mean_C, std_C))
+    return TopKLogits(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def float32_matmul(left_ND: Tensor, right_VD: Tensor) -> Tensor:
+    """left @ right.T accumulated and returned in float32, whatever the operands' dtype. [N, V]
+
+    Products of two bf16 or fp16 numbers are exact in float32. On CUDA the GEMM writes its float32 accumulator. On a
+    CPU such a GEMM rounds its result to the input dtype (0.016 at a logit of 4), so the operands are upcast, at
+    matmul precision "medium", which multiplies bf16 numbers and adds in float32: exact for operands that were bf16,
+    at 1.9 times a bf16 GEMM where a float32 one costs 3.
+    """
+    if left_ND.dtype == torch.float32:
+        return left_ND @ right_VD.float().T
+    right_VD = right_VD.to(left_ND.dtype)
+    if left_ND.is_cuda:
+        return torch.mm(left_ND, right_VD.T, out_dtype=torch.float32)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if left_ND.dtype == torch.bfloat16 else "highest")
+    try:
+        return left_ND.float() @ right_VD.float().T
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def chunks(num_rows: int, bytes_per_row: int) -> Iterator[slice]:
+    """Slices over rows such that a temporary of ``bytes_per_row`` a row stays within CHUNK_BYTES."""
+    size = max(1, CHUNK_BYTES // max(bytes_per_row, 1))
+    for first in range(0, num_rows, size):
+        yield slice(first, min(first + size, num_rows))
+
+
+def head_of(model: Any, vocab_size: int) -> LMHead:
+    """The LM head of a transformers causal language model; its weight stays the model's parameter.
+
+    Raises:
+        InputError: the model has no output embeddings, or fewer rows than the vocabulary.
+    """
+    linear = model.get_output_embeddings()
+    if linear is None:
+        raise InputError(f"{type(model).__name__} has no LM head: give a causal language model.")
+    if linear.weight.shape[0] < vocab_size:
+        raise InputError(
+            f"{type(model).__name__} has {linear.weight.shape[0]:,} LM-head rows, the tokenizer {vocab_size:,} ids: "
+            f"give a model with this tokenizer's vocabulary."
+        )
+    config = model.config.get_text_config()
+    bias = getattr(linear, "bias", None)
+    whole = linear.weight.shape[0] == vocab_size
+    return LMHead(
+        weight_VD=linear.weight if whole else linear.weight[:vocab_size],
+        bias_V=bias if bias is None or whole else bias[:vocab_size],
+        # Cohere multiplies, Granite divides; the rest have neither key.
+        scale=getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def save_head(head: LMHead, path: Path) -> None:
+    """Write the head as safetensors: ``weight``, ``bias`` if there is one, scale and soft cap as metadata."""
+    tensors = {"weight": head.weight_VD.detach().contiguous().cpu()}
+    if head.bias_V is not None:
+        tensors["bias"] = head.bias_V.detach().contiguous().cpu()
+    metadata = {"scale": repr(head.scale), "softcap": repr(head.softcap)}
+    with publish(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_head(path: Path, device: torch.device) -> LMHead:
+    """Read what ``save_head`` wrote.
+
+    Raises:
+        CacheCorruptError: missing or damaged.
+    """
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            metadata = file.metadata()
+            bias_V = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118, not a mapping
+            softcap = None if metadata["softcap"] == "None" else float(metadata["softcap"])
+            return LMHead(file.get_tensor("weight"), bias_V, float(metadata["scale"]), softcap)
+    except Exception as error:  # safetensors raises its own type, KeyError or OSError by what is damaged
+        raise CacheCorruptError(f"{path} cannot be read: {error}. Restore it, or dump again.") from error
