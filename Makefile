@@ -1,0 +1,39 @@
+SHELL := bash
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: venv test test-slow lint bench demo clean
+
+venv: .venv/installed
+
+# Made again only when what is to be installed changes.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+# torch first and alone, so that the wheel this machine's pip prefers (CPU or CUDA) is settled before anything needs it
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+# DeepSpeed's CUDA kernels would need a compiler now; those a run uses are built when it starts
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed,peft,demo]'
+	touch $@
+
+test: venv
+	$(BIN)/pytest -m 'not slow'
+
+test-slow: venv
+	$(BIN)/pytest -m slow
+
+lint: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: venv
+	set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# `pipeline` and `python` in the script are those of .venv
+demo: venv
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
