@@ -47,18 +47,19 @@ class LMHead:
 
     def logits_at(self, hidden_ND: Tensor, ids_NM: Tensor) -> Tensor:
         """The logits of chosen ids, 2·D FLOPs each, chunked over positions. float32 [N, M]"""
-        logits_NM = torch.empty(ids_NM.shape, dtype=torch.float32, device=hidden_ND.device)
+        logits_NM = torch.empty(ids_NM.shape, dtype=widened(hidden_ND.dtype), device=hidden_ND.device)
         for rows in chunks(len(ids_NM), 4 * ids_NM.shape[1] * hidden_ND.shape[1]):
             ids_CM = ids_NM[rows]
             bias_CM = None if self.bias_V is None else self.bias_V[ids_CM]
-            products_CM = torch.bmm(self.weight_VD[ids_CM].float(), hidden_ND[rows].float().unsqueeze(2)).squeeze(2)
-            logits_NM[rows] = self.finish(products_CM, bias_CM)
+            chosen_CMD = self.weight_VD[ids_CM].to(logits_NM.dtype)
+            products_CM1 = torch.bmm(chosen_CMD, hidden_ND[rows].to(logits_NM.dtype).unsqueeze(2))
+            logits_NM[rows] = self.finish(products_CM1.squeeze(2), bias_CM)
         return logits_NM
 
     def finish(self, products: Tensor, bias: Tensor | None) -> Tensor:
         """Bias, scale and soft cap on float32 dot products; increasing, so it keeps the order."""
         if bias is not None:
-            products = products + bias.float()
+            products = products + bias.to(products.dtype)
         if self.scale != 1.0:
             products = products * self.scale
         if self.softcap is not None:
@@ -108,9 +109,9 @@ def float32_matmul(left_ND: Tensor, right_VD: Tensor) -> Tensor:
     matmul precision "medium", which multiplies bf16 numbers and adds in float32: exact for operands that were bf16,
     at 1.9 times a bf16 GEMM where a float32 one costs 3.
     """
-    if left_ND.dtype == torch.float32:
-        return left_ND @ right_VD.float().T
     right_VD = right_VD.to(left_ND.dtype)
+    if left_ND.dtype == widened(left_ND.dtype):
+        return left_ND @ right_VD.T
     if left_ND.is_cuda:
         return torch.mm(left_ND, right_VD.T, out_dtype=torch.float32)
     precision = torch.get_float32_matmul_precision()
@@ -119,6 +120,11 @@ def float32_matmul(left_ND: Tensor, right_VD: Tensor) -> Tensor:
         return left_ND.float() @ right_VD.float().T
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums of products are kept in: float32, and float64 for tests that compute in it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def chunks(num_rows: int, bytes_per_row: int) -> Iterator[slice]:

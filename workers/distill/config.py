@@ -1,0 +1,96 @@
+"""What a distillation run can be told. The cache says the rest: tokens, teacher, vocabulary, k stored."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from workers.losses.catalogue import LOSSES, Value
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LossConfig(BaseModel):
+    """A loss by name; every other key is one of its parameters."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = "bild"
+
+    @model_validator(mode="after")
+    def _known(self) -> "LossConfig":
+        if self.name not in LOSSES:
+            raise ValueError(f"no loss is called {self.name!r}: choose one of {', '.join(sorted(LOSSES))}")
+        parameters = LOSSES[self.name].parameters
+        for key, value in (self.model_extra or {}).items():
+            if key not in parameters:
+                has = ", ".join(parameters) or "none"
+                raise ValueError(f"loss {self.name} has no parameter {key!r} (it has: {has})")
+            expected = type(parameters[key].default)
+            if expected is float and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+            if type(value) is not expected:
+                raise ValueError(f"loss.{key}={value!r} must be of type {expected.__name__}")
+            if value < parameters[key].minimum:
+                raise ValueError(f"loss.{key}={value} is below {parameters[key].minimum}")
+        if self.name in ("bild", "t_ld", "s_ld") and self.parameters["k"] < 3:
+            raise ValueError(
+                f"loss.k={self.parameters['k']}: {self.name} compares pairs of logits and is identically zero below "
+                f"k = 3; use 8"
+            )
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Value]:
+        """Defaults of the catalogue, overridden by what was given."""
+        defaults = {key: parameter.default for key, parameter in LOSSES[self.name].parameters.items()}
+        return defaults | (self.model_extra or {})
+
+
+class OptimizerConfig(_Section):
+    """AdamW with linear warm-up and cosine decay to zero."""
+
+    lr: float = Field(2e-5, gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup: float = Field(0.1, ge=0, le=1)
+    """Share of the steps over which the learning rate rises to ``lr``."""
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class DistillConfig(_Section):
+    cache: str
+    student: str
+    student_layers: tuple[int, ...] | None = None
+    """Make the student of these layers of ``student``."""
+    loss: LossConfig = LossConfig()
+    prompt_loss: LossConfig | None = None
+    """A second loss, on the prompt's positions; needs a cache of all positions."""
+    teacher: str | None = None
+    """For lookups that neither the stored top-k nor stored hidden states can answer."""
+    epochs: int = Field(1, ge=1)
+    steps: int | None = Field(None, ge=1)
+    """Wins over epochs."""
+    seed: int = Field(0, ge=0)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """bfloat16 is autocast over float32 weights."""
+    device: str = "auto"
+    sequences_per_step: int = Field(8, ge=1)
+    micro_batch_sequences: int = Field(4, ge=1)
+    gradient_checkpointing: bool = False
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint_every: int = Field(100, ge=1)
+    """Steps between checkpoints; a killed run loses fewer than this."""
+    eval_cache: str | None = None
+    eval_every: int | None = Field(None, ge=1)
+    """Steps between evaluations on ``eval_cache``; None evaluates before the first step and after the last."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _loss_by_name(cls, values: Any) -> Any:
+        """``loss = "kl"`` is short for ``loss = {name = "kl"}``."""
+        if isinstance(values, dict):
+            named = {key: {"name": values[key]} for key in ("loss", "prompt_loss") if isinstance(values.get(key), str)}
+            return {**values, **named}
+        return values

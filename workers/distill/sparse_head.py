@@ -1,0 +1,147 @@
+"""The student's LM head without [N, V] logits.
+
+A loss on top-k ids needs 2k of a position's V logits, so only those are kept and differentiated: the head is
+scanned in chunks for the student's top-k, the chosen rows are multiplied again in float32, and the backward adds to
+those rows alone. A loss on whole rows runs chunk by chunk, forward and backward together, so that one chunk's
+logits exist at a time.
+
+Shape suffixes: N = positions, C = positions of a chunk, V = vocabulary, D = hidden size, K = top-k, M = chosen ids.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.ordering import sort_by_logit
+from workers.teacher.lm_head import LMHead, chunks, float32_matmul, widened
+
+EXTRA_CANDIDATES = 8
+"""Ids scanned beyond k: the scan rounds to the compute dtype, the float32 order among candidates decides."""
+
+
+def student_top_k(head: LMHead, hidden_ND: Tensor, k: int) -> Tensor:
+    """Ids of the student's k highest logits in the order (-float32 logit, id). int64 [N, k]
+
+    Scans in the hidden states' dtype for k + 8 candidates and rescores those in float32.
+    """
+    with torch.no_grad():
+        weight_VD = head.weight_VD.to(hidden_ND.dtype)
+        bias_V = None if head.bias_V is None else head.bias_V.to(hidden_ND.dtype)
+        num_candidates = min(k + EXTRA_CANDIDATES, head.vocab_size)
+        ids = []
+        for rows in chunks(len(hidden_ND), hidden_ND.element_size() * head.vocab_size):
+            # The soft cap and a positive scale keep the order, so the scan leaves them out.
+            scan_CV = torch.nn.functional.linear(hidden_ND[rows], weight_VD, bias_V)
+            if num_candidates == head.vocab_size:
+                candidates_CM = torch.arange(num_candidates, device=scan_CV.device).expand(len(scan_CV), -1)
+            else:
+                candidates_CM = torch.topk(scan_CV, num_candidates, dim=1).indices.sort(dim=1).values
+            exact_CM = head.logits_at(hidden_ND[rows], candidates_CM)
+            ids.append(sort_by_logit(exact_CM, candidates_CM)[1][:, :k])
+        return torch.cat(ids) if ids else torch.empty(0, k, dtype=torch.long, device=hidden_ND.device)
+
+
+def logits_at(head: LMHead, hidden_ND: Tensor, ids_NM: Tensor) -> Tensor:
+    """The student's logits of chosen ids, differentiable in hidden states, weight and bias. float32 [N, M]"""
+    products_NM: Tensor = _ChosenProducts.apply(hidden_ND, head.weight_VD, head.bias_V, ids_NM)
+    return head.finish(products_NM, None)
+
+
+def row_loss(
+    head: LMHead, hidden_ND: Tensor, values_of: Callable[[Tensor, slice], Tensor], weight: float
+) -> tuple[Tensor, Tensor]:
+    """Sum of a per-position loss on whole rows of the student, times ``weight``; and the unweighted values.
+
+    Gradients are computed with the values, while a chunk's logits exist: no logits are kept, none computed twice.
+
+    Args:
+        values_of: maps a chunk's float32 logits [C, V] and its slice of the positions to values [C].
+
+    Returns:
+        The weighted sum (differentiable, scalar) and the values (detached, [N]).
+    """
+    total, values_N = _RowLoss.apply(hidden_ND, head.weight_VD, head.bias_V, head, values_of, weight)
+    return total, values_N
+
+
+class _ChosenProducts(torch.autograd.Function):
+    """W[ids] . h + bias[ids] in float32; the backward touches only the chosen rows of W."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ids_NM: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_ND, weight_VD, ids_NM)
+        ctx.bias_shape = None if bias_V is None else bias_V.shape
+        plain = LMHead(weight_VD, bias_V)
+        return plain.logits_at(hidden_ND, ids_NM)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NM: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:  # type: ignore[override]
+        hidden_ND, weight_VD, ids_NM = ctx.saved_tensors
+        # float32, or float64 where the caller computes in it.
+        grad_weight_VD = torch.zeros(weight_VD.shape, dtype=grad_NM.dtype, device=weight_VD.device)
+        grad_hidden_ND = torch.empty(hidden_ND.shape, dtype=grad_NM.dtype, device=hidden_ND.device)
+        size = hidden_ND.shape[1]
+        for rows in chunks(len(ids_NM), grad_NM.element_size() * ids_NM.shape[1] * size):
+            grad_CM, ids_CM = grad_NM[rows], ids_NM[rows]
+            chosen_CMD = weight_VD[ids_CM].to(grad_NM.dtype)
+            grad_hidden_ND[rows] = torch.bmm(grad_CM.unsqueeze(1), chosen_CMD).squeeze(1)
+            outer_CMD = grad_CM.unsqueeze(2) * hidden_ND[rows].to(grad_NM.dtype).unsqueeze(1)
+            grad_weight_VD.index_add_(0, ids_CM.flatten(), outer_CMD.view(-1, size))
+        grad_bias_V = None
+        if ctx.bias_shape is not None:
+            grad_bias_V = grad_NM.new_zeros(ctx.bias_shape).index_add_(0, ids_NM.flatten(), grad_NM.flatten())
+        return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD.to(weight_VD.dtype), grad_bias_V, None
+
+
+class _RowLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        head: LMHead,
+        values_of: Callable[[Tensor, slice], Tensor],
+        weight: float,
+    ) -> tuple[Tensor, Tensor]:
+        compute_VD = weight_VD.to(hidden_ND.dtype)
+        wants_gradient = any(ctx.needs_input_grad[:3])
+        grad_hidden_ND = torch.zeros_like(hidden_ND)
+        wide = widened(hidden_ND.dtype)
+        grad_weight_VD = torch.zeros(weight_VD.shape if wants_gradient else (0, 0), dtype=wide, device=weight_VD.device)
+        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
+        values = []
+        # A loss of one chunk holds about five tensors of its size.
+        for rows in chunks(len(hidden_ND), 4 * 2 * head.vocab_size):
+            products_CV = float32_matmul(hidden_ND[rows], compute_VD)
+            if bias_V is not None:
+                products_CV += bias_V.to(wide)
+            with torch.set_grad_enabled(wants_gradient):
+                products_CV.requires_grad_(wants_gradient)
+                values_C = values_of(head.finish(products_CV, None), rows)
+            values.append(values_C.detach())
+            if wants_gradient:
+                (grad_CV,) = torch.autograd.grad(values_C.sum() * weight, products_CV)
+                narrow_CV = grad_CV.to(hidden_ND.dtype)
+                grad_hidden_ND[rows] = narrow_CV @ compute_VD
+                grad_weight_VD += (narrow_CV.T @ hidden_ND[rows]).to(wide)
+                if grad_bias_V is not None:
+                    grad_bias_V += grad_CV.sum(0).to(grad_bias_V.dtype)
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.gradients = (grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        values_N = torch.cat(values) if values else hidden_ND.new_zeros(0, dtype=wide)
+        ctx.mark_non_differentiable(values_N)
+        return values_N.sum() * weight, values_N
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.gradients
+        # Scaled in place, for the weight's gradient is as large as the weight; a second backward fails on the None.
+        ctx.gradients = None
+        grad_hidden_ND.mul_(grad.to(grad_hidden_ND.dtype))
+        grad_weight_VD.mul_(grad.to(grad_weight_VD.dtype))
+        if grad_bias_V is not None:
+            grad_bias_V.mul_(grad.to(grad_bias_V.dtype))
+        return grad_hidden_ND, grad_weight_VD.to(ctx.weight_dtype), grad_bias_V, None, None, None

@@ -1,0 +1,107 @@
+"""How close a student is to its teacher on a held-out cache, with no teacher in memory.
+
+overlap@k is the share of the teacher's k highest ids that are among the student's k highest (thesis, eq. 4.1). The
+micro average is over positions, the macro average over sequences of each sequence's mean.
+
+Shape suffixes: N = positions, C = positions of a chunk, V = vocabulary, K = ids compared.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cache_schema.reader import CacheReader
+from workers.errors import InputError
+from workers.lookup.batch import TeacherPositions, collate
+from workers.lookup.hidden import CachedHiddenStates
+from workers.losses.bild import kl_divergence
+from workers.ordering import exact_top_k
+from workers.teacher.checkpoint import body_of
+from workers.teacher.lm_head import LMHead, chunks, head_of
+
+OVERLAP_KS = (1, 8, 32)
+_SEQUENCES_PER_BATCH = 4
+
+
+def evaluate_on_cache(
+    model: Any, reader: CacheReader, device: torch.device, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """overlap@1/8/32, KL(teacher || student) at temperature 1, top-1 agreement and loss on the trained positions.
+
+    Computed in the model's own dtype without autocast. An overlap beyond the cache's top-k, and the KL of a cache
+    without hidden states, are None.
+    """
+    model.eval()
+    head = head_of(model, reader.plan.tokenizer.vocab_size)
+    source = CachedHiddenStates(reader, device) if reader.has_hidden_states else None
+    overlap_ks = [k for k in OVERLAP_KS if k <= reader.plan.top_k]
+    columns: list[Tensor] = []
+    sequence_lengths: list[int] = []
+    for first in range(0, len(reader), _SEQUENCES_PER_BATCH):
+        indexes = range(first, min(first + _SEQUENCES_PER_BATCH, len(reader)))
+        batch = collate(reader, indexes, ["response"], device)
+        positions = batch.parts["response"]
+        with torch.inference_mode():
+            hidden_BTD = body_of(model)(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
+            hidden_ND = hidden_BTD[positions.sequence_of_N, positions.token_of_N]
+            columns.append(_measure(head, hidden_ND, positions, source, overlap_ks))
+        sequence_lengths += [len(member.stored_rows) for member in positions.members]
+        if progress:
+            progress(indexes.stop, len(reader))
+    return _summarise(torch.cat(columns), sequence_lengths, overlap_ks, has_kl=source is not None)
+
+
+def _measure(
+    head: LMHead,
+    hidden_ND: Tensor,
+    positions: TeacherPositions,
+    source: CachedHiddenStates | None,
+    overlap_ks: Sequence[int],
+) -> Tensor:
+    """Columns: overlap at each k, loss, KL (0 without hidden states). float64 [N, len(overlap_ks) + 2]"""
+    teacher_hidden_ND = source.hidden_states(positions) if source else None
+    parts = []
+    for chunk in chunks(len(hidden_ND), 4 * 2 * head.vocab_size):
+        student_CV = head.logits(hidden_ND[chunk])
+        labels_C = positions.labels_N[chunk]
+        loss_C = F.cross_entropy(student_CV, labels_C, reduction="none")
+        kl_C = torch.zeros_like(loss_C)
+        if source is not None and teacher_hidden_ND is not None:
+            kl_C = kl_divergence(source.head.logits(teacher_hidden_ND[chunk]), student_CV)
+        student_ids_CK = exact_top_k(student_CV, max(overlap_ks))[1]
+        teacher_ids_CK = positions.token_ids_NK[chunk]
+        overlaps = [overlap_at(k, teacher_ids_CK, student_ids_CK) for k in overlap_ks]
+        parts.append(torch.stack([*overlaps, loss_C.double(), kl_C.double()], 1).cpu())
+    return torch.cat(parts)
+
+
+def overlap_at(k: int, teacher_ids_NK: Tensor, student_ids_NK: Tensor) -> Tensor:
+    """Share of the teacher's first k ids that are among the student's first k. float64 [N]"""
+    common = teacher_ids_NK[:, :k].unsqueeze(2) == student_ids_NK[:, :k].unsqueeze(1)
+    return common.sum(dim=(1, 2)).double() / k
+
+
+def _summarise(
+    columns: Tensor, sequence_lengths: Sequence[int], overlap_ks: Sequence[int], *, has_kl: bool
+) -> dict[str, Any]:
+    if not bool(torch.isfinite(columns).all()):
+        raise InputError("the model's logits hold NaN or infinity on this cache: its weights are not finite.")
+    micro = columns.mean(0).tolist()
+    lengths = [length for length in sequence_lengths if length]
+    macro = torch.stack([part.mean(0) for part in columns.split(lengths)]).mean(0).tolist()
+    overlap: dict[str, float | None] = {str(k): None for k in OVERLAP_KS}
+    overlap_macro = dict(overlap)
+    for place, k in enumerate(overlap_ks):
+        overlap[str(k)], overlap_macro[str(k)] = micro[place], macro[place]
+    return {
+        "positions": len(columns),
+        "overlap": overlap,
+        "overlap_macro": overlap_macro,
+        "kl": micro[-1] if has_kl else None,
+        "top1_agreement": overlap["1"],
+        "loss": micro[-2],
+        "tasks": {},
+    }

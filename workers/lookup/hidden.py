@@ -1,0 +1,119 @@
+"""The teacher's hidden states at cached positions: from disk, or from the teacher itself."""
+
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_schema.errors import CacheCorruptError, CacheMismatchError
+from cache_schema.reader import CacheReader
+from workers.lookup.batch import TeacherPositions
+from workers.teacher.lm_head import LMHead, load_head, score
+from workers.teacher.teacher import Teacher
+
+_CHECKED_SEQUENCES = 4
+
+
+class HiddenStateSource(Protocol):
+    """Final-norm hidden states of positions, and the LM head that makes logits of them."""
+
+    tier: Literal["hidden", "live"]
+    head: LMHead
+    teacher_forwards: int
+    """Sequences run through the teacher so far."""
+
+    def hidden_states(self, positions: TeacherPositions) -> Tensor:
+        """[N, D] in the teacher's compute dtype, on the head's device"""
+        ...
+
+
+class CachedHiddenStates:
+    """Reads what the dump kept.
+
+    Raises:
+        CacheCorruptError: the stored head does not reproduce stored logits from stored hidden states.
+    """
+
+    tier: Literal["hidden", "live"] = "hidden"
+    teacher_forwards = 0
+
+    def __init__(self, reader: CacheReader, device: torch.device) -> None:
+        self._reader = reader
+        self.head = load_head(reader.lm_head_path, device)
+        check_head(reader, self.head)
+
+    def hidden_states(self, positions: TeacherPositions) -> Tensor:
+        states = [
+            stored_hidden_states(self._reader, member.index)[member.stored_rows] for member in positions.members
+        ]
+        return torch.cat(states).to(self.head.weight_VD.device)
+
+
+class LiveHiddenStates:
+    """Runs the teacher that made the cache on whole sequences.
+
+    Raises:
+        CacheMismatchError: it is another teacher.
+    """
+
+    tier: Literal["hidden", "live"] = "live"
+
+    def __init__(self, reader: CacheReader, teacher: Teacher) -> None:
+        require_same_teacher(reader, teacher)
+        self._reader = reader
+        self._teacher = teacher
+        self.head = teacher.lm_head
+        self.teacher_forwards = 0
+
+    def hidden_states(self, positions: TeacherPositions) -> Tensor:
+        sequences = [self._reader[member.index].sequence for member in positions.members]
+        self.teacher_forwards += len(sequences)
+        states = self._teacher.hidden_states(sequences, self._reader.plan.positions)
+        return torch.cat(
+            [state[member.stored_rows.to(state.device)] for state, member in zip(states, positions.members, strict=True)]
+        )
+
+
+def require_same_teacher(reader: CacheReader, teacher: Teacher) -> None:
+    stored, given = reader.plan.teacher, teacher.identity
+    for field in ("fingerprint", "dtype"):
+        if getattr(stored, field) != getattr(given, field):
+            raise CacheMismatchError(
+                f"--teacher is not the teacher of {reader.cache_dir}: its {field} is {getattr(given, field)}, the "
+                f"cache's ({stored.name}) is {getattr(stored, field)}. Give the teacher the cache was dumped with."
+            )
+
+
+def stored_hidden_states(reader: CacheReader, index: int) -> Tensor:
+    """One sequence's stored hidden states in their own dtype, on the CPU. [P, D]"""
+    assert reader.plan.hidden_states is not None
+    bits = torch.from_numpy(np.array(reader.hidden_states(index)))
+    return bits.view(torch.bfloat16) if reader.plan.hidden_states.dtype == "bfloat16" else bits
+
+
+def check_head(reader: CacheReader, head: LMHead, num_sequences: int = _CHECKED_SEQUENCES) -> None:
+    """Recompute the top-k of sequences spread over the cache from hidden states and head.
+
+    Raises:
+        CacheCorruptError: it is not the stored one: the head or the hidden states are another teacher's.
+    """
+    plan = reader.plan
+    if head.vocab_size != plan.tokenizer.vocab_size:
+        raise CacheCorruptError(f"{reader.lm_head_path} has {head.vocab_size} rows, the plan {plan.tokenizer.vocab_size}")
+    spread = np.unique(np.linspace(0, len(reader) - 1, min(num_sequences, len(reader)), dtype=int))
+    for index in spread.tolist():
+        hidden_PD = stored_hidden_states(reader, index).to(head.weight_VD.device)
+        rows = reader[index].rows
+        labels_P = torch.zeros(len(hidden_PD), dtype=torch.long, device=hidden_PD.device)
+        with torch.inference_mode():
+            found_PK = score(head, hidden_PD, labels_P, plan.top_k, (1.0,)).logits_NK.cpu().numpy()
+        # Half a step of rounding, and float32 sums in another order.
+        tolerance = plan.logit_step / 2 + 1e-4 * max(1.0, float(np.abs(rows.logits).max()))
+        difference = float(np.abs(found_PK - rows.logits).max())
+        if not difference <= tolerance:
+            raise CacheCorruptError(
+                f"{reader.lm_head_path} does not belong to the hidden states of {reader.cache_dir}: recomputed top-k "
+                f"logits of sequence {index} differ from the stored ones by {difference:.3g} (rounding explains "
+                f"{tolerance:.2g}). Restore both from the same dump, or dump again."
+            )
