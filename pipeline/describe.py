@@ -1,0 +1,113 @@
+"""``pipeline inspect``: what is in a cache, in words and numbers."""
+
+from pathlib import Path
+from typing import Any
+
+from cache_schema.errors import CacheIncompleteError
+from cache_schema.manifest import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    Plan,
+    Receipt,
+    hidden_name,
+    manifest_sha256,
+    read_json,
+    read_manifest,
+    receipt_name,
+)
+
+
+def describe(cache_dir: Path) -> dict[str, Any]:
+    """The numbers of a cache, finished or not; an unfinished one counts the shards it has.
+
+    Raises:
+        CacheIncompleteError: no cache there at all.
+        CacheCorruptError: a document is damaged.
+    """
+    complete = (cache_dir / MANIFEST_NAME).exists()
+    if complete:
+        manifest = read_manifest(cache_dir)
+        plan, receipts, extra = manifest.plan, list(manifest.receipts), manifest.files
+    else:
+        plan, receipts, extra = _read_plan(cache_dir), [], ()
+        for shard in range(plan.num_shards):
+            if (cache_dir / receipt_name(shard)).exists():
+                receipts.append(read_json(cache_dir / receipt_name(shard), Receipt))
+    num_positions = sum(receipt.num_positions for receipt in receipts)
+    hidden_files = [cache_dir / hidden_name(receipt.shard) for receipt in receipts]
+    hidden_bytes = sum(path.stat().st_size for path in hidden_files if path.exists())
+
+    def per_position(num_bytes: int) -> float | None:
+        return round(num_bytes / num_positions, 2) if num_positions else None
+
+    return {
+        "complete": complete,
+        "format_version": plan.format_version,
+        "top_k": plan.top_k,
+        "positions": plan.positions,
+        "num_sequences": sum(receipt.num_sequences for receipt in receipts),
+        "num_tokens": sum(receipt.num_tokens for receipt in receipts),
+        "num_positions": num_positions,
+        "num_shards": plan.num_shards,
+        "finished_shards": len(receipts),
+        "bytes": hidden_bytes
+        + sum(file.num_bytes for file in extra)
+        + sum(file.num_bytes for receipt in receipts for file in receipt.files if ".hidden." not in file.name),
+        "bytes_per_position": per_position(sum(receipt.logits_bytes for receipt in receipts)),
+        "scalar_bytes_per_position": per_position(sum(receipt.scalar_bytes for receipt in receipts)),
+        "hidden_bytes_per_position": per_position(hidden_bytes),
+        "hidden_states": bool(hidden_files) and all(path.exists() for path in hidden_files),
+        "max_logit_error": plan.logit_step / 2,
+        "temperatures": list(plan.temperatures),
+        "teacher": {
+            "name": plan.teacher.name,
+            "fingerprint": plan.teacher.fingerprint,
+            "dtype": plan.teacher.dtype,
+            "num_parameters": plan.teacher.num_parameters,
+        },
+        "tokenizer": {"fingerprint": plan.tokenizer.fingerprint, "vocab_size": plan.tokenizer.vocab_size},
+        "dataset": plan.dataset.model_dump(),
+        "responses": plan.responses.model_dump() if plan.responses else None,
+        "lookups": {"pairs": 0, "bytes": 0},
+        "manifest_sha256": manifest_sha256(cache_dir) if complete else None,
+    }
+
+
+def in_words(cache_dir: Path, facts: dict[str, Any]) -> str:
+    """The description a person reads."""
+    state = "finished" if facts["complete"] else f"NOT finished: {facts['finished_shards']} of {facts['num_shards']} shards"
+    wrote = "teacher-written" if facts["responses"] else "the data set's"
+    lines = [
+        f"{cache_dir}: {state}",
+        f"  teacher     {facts['teacher']['name']}, {facts['teacher']['num_parameters'] / 1e6:,.0f} M parameters, "
+        f"{facts['teacher']['dtype']}, fingerprint {facts['teacher']['fingerprint'][:12]}",
+        f"  tokenizer   {facts['tokenizer']['vocab_size']:,} ids, fingerprint {facts['tokenizer']['fingerprint'][:12]}",
+        f"  data        {facts['dataset']['name']}: {facts['dataset']['num_rows']:,} rows, "
+        f"{facts['dataset']['num_duplicates']:,} duplicates, {facts['dataset']['num_truncated']:,} truncated; "
+        f"responses {wrote}",
+        f"  content     {facts['num_sequences']:,} sequences, {facts['num_tokens']:,} tokens, "
+        f"{facts['num_positions']:,} {facts['positions']} positions in {facts['num_shards']} shards",
+        f"  stored      top {facts['top_k']} logits within {facts['max_logit_error']:g} nat, tails at T = "
+        f"{', '.join(f'{t:g}' for t in facts['temperatures'])}, hidden states: "
+        f"{'yes' if facts['hidden_states'] else 'no'}",
+        f"  size        {human_bytes(facts['bytes'])}; per position {facts['bytes_per_position']} B ids and logits, "
+        f"{facts['scalar_bytes_per_position']} B scalars, {facts['hidden_bytes_per_position']} B hidden states",
+    ]
+    return "\n".join(lines)
+
+
+def human_bytes(num_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def _read_plan(cache_dir: Path) -> Plan:
+    try:
+        return read_json(cache_dir / PLAN_NAME, Plan)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CacheIncompleteError(
+            f"{cache_dir} holds no cache: there is neither plan nor manifest in it. Give the --out of a teacher-dump."
+        ) from None

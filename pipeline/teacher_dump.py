@@ -1,0 +1,175 @@
+"""``pipeline teacher-dump``: from a data set and a teacher to a finished cache."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache_schema.manifest import (
+    PLAN_NAME,
+    DatasetIdentity,
+    Engine,
+    Generation,
+    HiddenStates,
+    Plan,
+    TokenizerIdentity,
+    read_json,
+)
+from cache_schema.sequence import TokenSequence
+from pipeline.describe import describe
+from pipeline.progress import progress_bar
+from workers.device import device_name, resolve_device
+from workers.errors import InputError
+from workers.teacher.checkpoint import identity_of, model_directory, read_config
+from workers.teacher.config import DumpConfig
+from workers.teacher.dump import begin, dump, finished_manifest
+from workers.teacher.sequences import TokenizedData, read_sequences
+from workers.teacher.transformers_teacher import TransformersTeacher
+from workers.tokenizers import chat_template_fingerprint, load_tokenizer, tokenizer_fingerprint, vocab_size
+
+# Bytes an id and a logit take together in a shard, measured on instruction text; for the size said before the dump.
+_BYTES_PER_ENTRY = 2.4
+_SCALARS = 5
+
+
+@dataclass(frozen=True)
+class Prepared:
+    plan: Plan
+    sequences: list[TokenSequence]
+    tokenizer: Any
+    device: torch.device
+    num_positions: int
+    """Exact for the data set's responses; for the teacher's own, the most there can be."""
+
+
+def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
+    """Read everything but the teacher's weights, and decide the plan.
+
+    Raises:
+        InputError, CacheError: see the parts.
+    """
+    device = resolve_device(config.engine.device)
+    directory = model_directory(config.teacher.model)
+    tokenizer = load_tokenizer(str(directory))
+    model_config = read_config(directory)
+    vocabulary = vocab_size(tokenizer)
+    if config.cache.top_k > vocabulary:
+        raise InputError(f"--top-k {config.cache.top_k} is more than the vocabulary of {vocabulary}: lower it.")
+    context = model_config.get("max_position_embeddings")
+    if context and config.data.max_tokens > context:
+        raise InputError(
+            f"data.max_tokens={config.data.max_tokens} is more than the {context} positions {config.teacher.model} "
+            f"can read: give --set data.max_tokens={context}."
+        )
+    data = _read(config, tokenizer)
+    identity = identity_of(config.teacher.model, config.teacher.dtype)
+    hidden = None
+    if config.cache.hidden_states:
+        text_config = model_config.get("text_config", model_config)
+        hidden = HiddenStates(dtype=identity.dtype, size=text_config.get("hidden_size") or text_config["n_embd"])
+    plan = Plan(
+        teacher=identity,
+        tokenizer=TokenizerIdentity(
+            fingerprint=tokenizer_fingerprint(tokenizer),
+            vocab_size=vocabulary,
+            chat_template=chat_template_fingerprint(tokenizer),
+        ),
+        dataset=DatasetIdentity(
+            name=data.name,
+            sha256=data.sha256,
+            num_rows=data.num_rows,
+            num_duplicates=data.num_duplicates,
+            num_truncated=data.num_truncated,
+            max_tokens=config.data.max_tokens,
+        ),
+        responses=_generation(config),
+        engine=_engine(config, device, cache_dir),
+        positions=config.cache.positions,
+        top_k=config.cache.top_k,
+        logit_step=config.cache.logit_step,
+        temperatures=config.cache.temperatures,
+        hidden_states=hidden,
+        num_sequences=len(data.sequences),
+        sequences_per_shard=config.cache.sequences_per_shard,
+    )
+    extra = config.responses.max_new_tokens * len(data.sequences) if plan.responses else 0
+    known = sum(len(sequence.target_rows(plan.positions)) for sequence in data.sequences)
+    return Prepared(plan, data.sequences, tokenizer, device, known + extra)
+
+
+def run(prepared: Prepared, config: DumpConfig, cache_dir: Path) -> dict[str, Any]:
+    """Dump what is missing; returns the description of the finished cache with what this command did."""
+    plan = prepared.plan
+    remaining = begin(cache_dir, plan)
+    started = time.perf_counter()
+    if remaining or finished_manifest(cache_dir) is None:
+        if plan.engine.num_threads:
+            torch.set_num_threads(plan.engine.num_threads)
+        teacher = TransformersTeacher(
+            config.teacher.model,
+            plan.teacher,
+            plan.engine,
+            vocab_size=plan.tokenizer.vocab_size,
+            device=prepared.device,
+            eos_token_id=prepared.tokenizer.eos_token_id,
+        )
+        with progress_bar("scoring") as progress:
+            dump(cache_dir, plan, prepared.sequences, teacher, prepared.tokenizer, progress)
+    seconds = time.perf_counter() - started
+    scored = sum(len(plan.shard_range(shard)) for shard in remaining)
+    return describe(cache_dir) | {"cache": str(cache_dir), "scored_sequences": scored, "seconds": seconds}
+
+
+def expected_size(prepared: Prepared) -> dict[str, Any]:
+    """What the dump will hold, before it starts."""
+    plan, num_positions = prepared.plan, prepared.num_positions
+    hidden = 0
+    if plan.hidden_states:
+        bytes_per_value = 4 if plan.hidden_states.dtype == "float32" else 2
+        hidden = num_positions * plan.hidden_states.size * bytes_per_value
+    return {
+        "num_sequences": plan.num_sequences,
+        "num_shards": plan.num_shards,
+        "num_positions": num_positions,
+        "positions_are_exact": plan.responses is None,
+        "logits_bytes": round(num_positions * (plan.top_k * _BYTES_PER_ENTRY + 4 * _SCALARS)),
+        "hidden_bytes": hidden,
+    }
+
+
+def _read(config: DumpConfig, tokenizer: Any) -> TokenizedData:
+    with progress_bar("tokenizing") as progress:
+        return read_sequences(
+            config.data.path,
+            tokenizer,
+            max_tokens=config.data.max_tokens,
+            responses=config.responses.source,
+            max_new_tokens=config.responses.max_new_tokens,
+            limit=config.data.limit,
+            split=config.data.split,
+            progress=progress,
+        )
+
+
+def _generation(config: DumpConfig) -> Generation | None:
+    if config.responses.source == "dataset":
+        return None
+    return Generation(**config.responses.model_dump(exclude={"source"}))
+
+
+def _engine(config: DumpConfig, device: torch.device, cache_dir: Path) -> Engine:
+    """The engine of this machine; a dump that goes on keeps the thread count it began with."""
+    import transformers
+
+    num_threads = torch.get_num_threads() if device.type == "cpu" else 0
+    if num_threads and (cache_dir / PLAN_NAME).exists():
+        num_threads = read_json(cache_dir / PLAN_NAME, Plan).engine.num_threads or num_threads
+    return Engine(
+        name=config.engine.name,
+        device=device_name(device),
+        num_threads=num_threads,
+        tokens_per_batch=config.engine.tokens_per_batch,
+        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+    )
