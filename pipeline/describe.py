@@ -15,6 +15,9 @@ from cache_schema.manifest import (
     read_manifest,
     receipt_name,
 )
+from cache_schema.reader import CacheReader
+from workers.errors import InputError
+from workers.tokenizers import load_tokenizer
 
 
 def describe(cache_dir: Path) -> dict[str, Any]:
@@ -111,3 +114,48 @@ def _read_plan(cache_dir: Path) -> Plan:
         raise CacheIncompleteError(
             f"{cache_dir} holds no cache: there is neither plan nor manifest in it. Give the --out of a teacher-dump."
         ) from None
+
+
+def describe_sequence(cache_dir: Path, which: str) -> dict[str, Any]:
+    """One sequence by id (32 hex digits) or index: its tokens and the teacher's five best at each stored position."""
+    reader = CacheReader(cache_dir)
+    try:
+        index = int(which) if len(which) < 32 else reader.index_of(bytes.fromhex(which))
+        scored = reader[index]
+    except ValueError:
+        raise InputError(f"--sequence {which}: give an index, or an id of 32 hexadecimal digits.") from None
+    except IndexError as error:
+        raise InputError(f"{error}: give an index from 0 to {len(reader) - 1}.") from None
+    tokenizer = load_tokenizer(str(reader.tokenizer_dir))
+
+    def text(token_id: int) -> str:
+        return str(tokenizer.decode([int(token_id)]))
+
+    sequence, rows = scored.sequence, scored.rows
+    positions = []
+    for place, row in enumerate(sequence.target_rows(reader.plan.positions).tolist()):
+        best = zip(rows.token_ids[place, :5].tolist(), rows.logits[place, :5].tolist(), strict=True)
+        positions.append(
+            {
+                "position": row,
+                "next": text(sequence.input_ids[row + 1]),
+                "label_logit": float(rows.label_logit[place]),
+                "teacher": [{"token": text(token), "id": token, "logit": logit} for token, logit in best],
+            }
+        )
+    return {
+        "index": index,
+        "sequence_id": sequence.sequence_id.hex(),
+        "source": sequence.source,
+        "num_tokens": sequence.num_tokens,
+        "text": str(tokenizer.decode(sequence.input_ids.tolist())),
+        "positions": positions,
+    }
+
+
+def sequence_in_words(shown: dict[str, Any]) -> str:
+    lines = [f"sequence {shown['index']}, {shown['sequence_id']}, {shown['num_tokens']} tokens", shown["text"], ""]
+    for position in shown["positions"]:
+        best = "  ".join(f"{entry['token']!r} {entry['logit']:.2f}" for entry in position["teacher"])
+        lines.append(f"{position['position']:>5}  {position['next']!r:<16} {position['label_logit']:>7.2f}   {best}")
+    return "\n".join(lines)

@@ -67,7 +67,7 @@ class Training:
             seconds = time.perf_counter() - started
             yield {
                 "step": step + 1,
-                "epoch": step / steps_per_epoch(len(self.reader), config.sequences_per_step),
+                "epoch": (step + 1) / steps_per_epoch(len(self.reader), config.sequences_per_step),
                 "loss": loss,
                 "terms": terms,
                 "grad_norm": grad_norm,

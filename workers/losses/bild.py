@@ -18,7 +18,9 @@ from workers.losses.targets import TopK
 
 def logits_difference(led: TopK, temperature: float) -> Tensor:
     """One half of BiLD. float32 [N], differentiable in the student's logits alone"""
-    first, second = torch.triu_indices(led.student_NK.shape[1], led.student_NK.shape[1], 1, device=led.student_NK.device)
+    first, second = torch.triu_indices(
+        led.student_NK.shape[1], led.student_NK.shape[1], 1, device=led.student_NK.device
+    )
     if len(first) == 0:
         return led.student_NK.sum(dim=1) * 0.0
     teacher_NP = (led.teacher_NK[:, first] - led.teacher_NK[:, second]) / temperature

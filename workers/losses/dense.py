@@ -20,7 +20,7 @@ def dense_loss(
     labels: Tensor | None = None,
     **params: Value,
 ) -> Tensor:
-    """Masked mean of a loss over positions; 0 with a graph where the mask is empty. Scalar
+    """Masked mean of a loss over positions; 0 with a graph where the mask is empty. Scalar of float32, or float64
 
     Args:
         labels: the token that follows each position, int64 [N]; for losses that use it.
@@ -37,19 +37,22 @@ def dense_loss(
     if unknown:
         raise TypeError(f"{name} has no parameter {sorted(unknown)[0]!r}: it has {sorted(loss.parameters)}")
     params = {key: parameter.default for key, parameter in loss.parameters.items()} | params
-    k = min(int(params.get("k", 1)), student_logits_NV.shape[1])
-    teacher_ids_NK = exact_top_k(teacher_logits_NV, k)[1]
-    student_ids_NK = exact_top_k(student_logits_NV.detach(), k)[1]
+    # Masked rows are left out, not multiplied by zero: they may hold anything, and 0 * inf is NaN.
+    kept_N = mask_N.bool()
+    student_NV, teacher_NV = _float32(student_logits_NV[kept_N]), _float32(teacher_logits_NV[kept_N])
+    k = min(int(params.get("k", 1)), student_NV.shape[1])
     targets = Targets(
-        teacher_led=_led(teacher_logits_NV, student_logits_NV, teacher_ids_NK),
-        student_led=_led(teacher_logits_NV, student_logits_NV, student_ids_NK),
-        student_row_NV=student_logits_NV,
-        teacher_row_NV=teacher_logits_NV,
-        labels_N=labels,
+        teacher_led=_led(teacher_NV, student_NV, exact_top_k(teacher_NV, k)[1]),
+        student_led=_led(teacher_NV, student_NV, exact_top_k(student_NV.detach(), k)[1]),
+        student_row_NV=student_NV,
+        teacher_row_NV=teacher_NV,
+        labels_N=None if labels is None else labels[kept_N],
     )
-    # where, not a product: a masked row may hold anything, and 0 * inf is NaN.
-    values_N = torch.where(mask_N.bool(), loss.values(targets, params), 0.0)
-    return values_N.sum() / mask_N.bool().sum().clamp(min=1)
+    return loss.values(targets, params).sum() / max(len(student_NV), 1)
+
+
+def _float32(logits_NV: Tensor) -> Tensor:
+    return logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
 
 
 def _led(teacher_NV: Tensor, student_NV: Tensor, ids_NK: Tensor) -> TopK:

@@ -70,7 +70,9 @@ def load_model(model: str, dtype: torch.dtype, **config_changes: Any) -> Any:
         InputError: the files do not make such a model.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     directory = model_directory(model)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(

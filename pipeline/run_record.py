@@ -1,0 +1,133 @@
+"""A run's directory: what was asked (`config.toml`), what it was made of (`run.json`), and every step (`metrics.jsonl`).
+
+``run.json`` is written before the first step and again, with the summary, after the last: a run is finished when
+its summary is there. Metrics are flushed step by step; resuming drops those after the checkpoint it goes on from.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import IO, Any
+
+import tomli_w
+
+from cache_schema.storage import publish, publish_text
+from workers.errors import InputError
+from workers.lookup.ladder import TIERS
+
+RUN_NAME = "run.json"
+CONFIG_NAME = "config.toml"
+METRICS_NAME = "metrics.jsonl"
+MODEL_NAME = "model"
+
+
+class RunRecord:
+    """Reads and writes the documents of one run directory."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    @property
+    def model_dir(self) -> Path:
+        return self.run_dir / MODEL_NAME
+
+    def find(self, config: dict[str, Any], made_of: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
+        """Look at the directory before anything is loaded; the summary, if this very run is finished in it.
+
+        Raises:
+            InputError: the directory is another run's, or a run's that ``resume`` was not given for.
+        """
+        path = self.run_dir / RUN_NAME
+        if not path.exists():
+            if self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
+                raise InputError(f"{self.run_dir} exists and holds no run: give --out a new directory.")
+            return None
+        if not resume:
+            raise InputError(
+                f"{self.run_dir} already holds a run: give --resume to go on with it, or --out another directory."
+            )
+        stored = _read(path)
+        self._require_same(stored, config, made_of)
+        summary: dict[str, Any] | None = stored["summary"]
+        return summary
+
+    def begin(self, config: dict[str, Any], made_of: dict[str, Any], eval_before: dict[str, Any] | None) -> None:
+        """Write what the run is, before its first step; a run that goes on keeps what it has."""
+        if not (self.run_dir / RUN_NAME).exists():
+            publish_text(self.run_dir / CONFIG_NAME, tomli_w.dumps(_without_none(config)))
+            self._write({"config": config, **made_of, "eval_before": eval_before, "summary": None})
+
+    def eval_before(self) -> dict[str, Any] | None:
+        """The evaluation before the first step, if there was one."""
+        found: dict[str, Any] | None = _read(self.run_dir / RUN_NAME)["eval_before"]
+        return found
+
+    def open_metrics(self, first_step: int) -> IO[str]:
+        """Metrics file to append to, holding the records of the first ``first_step`` steps alone."""
+        path = self.run_dir / METRICS_NAME
+        kept = [record for record in self.metrics() if record["step"] <= first_step]
+        with publish(path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        return path.open("a", encoding="utf-8")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Records of the steps done; a last line torn by a kill is left out."""
+        path = self.run_dir / METRICS_NAME
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def finish(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """Add up the metrics into the summary and write it into ``run.json``."""
+        records = self.metrics()
+        lookups: Counter[str] = Counter(dict.fromkeys(TIERS, 0))
+        for record in records:
+            lookups.update(record["lookups"])
+        seconds = sum(record["seconds"] for record in records)
+        positions = sum(record["positions"] for record in records)
+        summary = {
+            "run": str(self.run_dir),
+            "steps": len(records),
+            "epochs": records[-1]["epoch"],
+            "sequences": sum(record["sequences"] for record in records),
+            "positions": positions,
+            "loss": records[-1]["loss"],
+            "first_loss": records[0]["loss"],
+            "seconds": seconds,
+            "positions_per_second": positions / seconds,
+            "lookups": dict(lookups),
+            "teacher_forwards": sum(record["teacher_forwards"] for record in records),
+            "model": str(self.model_dir),
+            **extra,
+        }
+        self._write({**_read(self.run_dir / RUN_NAME), "summary": summary})
+        return summary
+
+    def _write(self, document: dict[str, Any]) -> None:
+        publish_text(self.run_dir / RUN_NAME, json.dumps(document, indent=2) + "\n")
+
+    def _require_same(self, stored: dict[str, Any], config: dict[str, Any], made_of: dict[str, Any]) -> None:
+        wanted = json.loads(json.dumps({**config, **made_of}))
+        there = {**stored["config"], **{key: stored.get(key) for key in made_of}}
+        for key in wanted:
+            if key not in ("versions", "device") and there.get(key) != wanted[key]:
+                raise InputError(
+                    f"{self.run_dir} belongs to another run: its {key} is {there.get(key)}, this command's is "
+                    f"{wanted[key]}. Resume with the options it was started with, or give --out another directory."
+                )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}. Start the run anew in another --out.") from None
+    return document
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null: a key that is None is left out."""
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,38 @@
+"""``pipeline verify``: the format's checks, then the LM head against the hidden states."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache_schema.errors import CacheError
+from cache_schema.manifest import LM_HEAD_NAME
+from cache_schema.reader import CacheReader
+from cache_schema.verify import verify
+from pipeline.progress import progress_bar
+from workers.lookup.hidden import check_head
+from workers.teacher.lm_head import load_head
+
+_RECOMPUTED_SEQUENCES = 16
+
+
+def verify_cache(cache_dir: Path) -> dict[str, Any]:
+    """Every hash and row; and, with hidden states, a sample of the top-k made again from them and the head."""
+    with progress_bar("verifying") as progress:
+        report = verify(cache_dir, progress)
+    errors = [{"file": damage.file, "reason": damage.reason} for damage in report.errors]
+    recomputed = 0
+    if report.ok:
+        reader = CacheReader(cache_dir)
+        if reader.has_hidden_states:
+            recomputed = min(_RECOMPUTED_SEQUENCES, len(reader))
+            try:
+                check_head(reader, load_head(reader.lm_head_path, torch.device("cpu")), recomputed)
+            except CacheError as error:
+                errors.append({"file": LM_HEAD_NAME, "reason": str(error)})
+    return {
+        "ok": not errors,
+        "checked_bytes": report.checked_bytes,
+        "recomputed_sequences": recomputed,
+        "errors": errors,
+    }

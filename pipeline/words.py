@@ -1,0 +1,77 @@
+"""The summaries a person reads, made of the same objects that ``--json`` prints."""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.describe import human_bytes, in_words
+
+
+def size_in_words(size: dict[str, Any]) -> str:
+    about = "" if size["positions_are_exact"] else "at most "
+    lines = [
+        f"{size['num_sequences']:,} sequences, {about}{size['num_positions']:,} positions, {size['num_shards']} shards",
+        f"  logits         about {human_bytes(size['logits_bytes'])}",
+    ]
+    if size["hidden_bytes"]:
+        lines.append(
+            f"  hidden states  {about}{human_bytes(size['hidden_bytes'])}; without them (--no-hidden-states) every "
+            f"student that looks outside the top k needs the teacher again"
+        )
+    else:
+        lines.append("  hidden states  none: students that look outside the top k will need the teacher again")
+    return "\n".join(lines)
+
+
+def dump_in_words(cache_dir: Path, facts: dict[str, Any]) -> str:
+    rate = facts["scored_sequences"] / facts["seconds"] if facts["scored_sequences"] else 0.0
+    return (
+        f"{in_words(cache_dir, facts)}\n"
+        f"scored {facts['scored_sequences']:,} sequences in {facts['seconds']:.1f} s ({rate:.2f}/s)"
+    )
+
+
+def report_in_words(cache_dir: Path, report: dict[str, Any]) -> str:
+    if report["ok"]:
+        return (
+            f"{cache_dir}: ok. {human_bytes(report['checked_bytes'])} hashed, every row checked, top-k of "
+            f"{report['recomputed_sequences']} sequences made again from hidden states and head"
+        )
+    lines = [f"{cache_dir}: {len(report['errors'])} errors"]
+    return "\n".join(lines + [f"  {error['file']}: {error['reason']}" for error in report["errors"]])
+
+
+def work_in_words(work: dict[str, Any]) -> str:
+    loss = ", ".join(f"{key} {value}" for key, value in work["loss"].items())
+    return (
+        f"{work['steps']:,} steps, {work['epochs']:.2f} epochs of {work['sequences_in_cache']:,} sequences "
+        f"({work['positions_in_cache']:,} positions)\n"
+        f"  loss {loss}\n"
+        f"  lookups outside the stored top k: {work['lookups_from']}"
+    )
+
+
+def run_in_words(summary: dict[str, Any]) -> str:
+    pairs = sum(summary["lookups"].values())
+    tiers = ", ".join(f"{tier} {count:,}" for tier, count in summary["lookups"].items() if count)
+    lines = [
+        f"{summary['run']}: {summary['steps']:,} steps in {summary['seconds']:.1f} s, "
+        f"{summary['positions']:,} positions, {summary['positions_per_second']:,.0f} positions/s",
+        f"  loss      {summary['first_loss']:.4f} at the first step, {summary['loss']:.4f} at the last",
+        f"  lookups   {tiers or 'none'}{f' of {pairs:,}' if pairs else ''}; teacher forwards "
+        f"{summary['teacher_forwards']:,}",
+        f"  memory    {human_bytes(summary['peak_memory_bytes'])} at the peak",
+    ]
+    for label, measured in (("before", summary["eval_before"]), ("after", summary["eval"])):
+        if measured:
+            lines.append(f"  {label:<9} {_measured_line(measured)}")
+    return "\n".join([*lines, f"  model     {summary['model']}"])
+
+
+def evaluation_in_words(measured: dict[str, Any]) -> str:
+    return f"{measured['positions']:,} positions (micro average over positions)\n  {_measured_line(measured)}"
+
+
+def _measured_line(measured: dict[str, Any]) -> str:
+    overlaps = ", ".join(f"@{k} {value:.3f}" for k, value in measured["overlap"].items() if value is not None)
+    kl = "unknown without hidden states" if measured["kl"] is None else f"{measured['kl']:.3f}"
+    return f"overlap {overlaps}; KL {kl}; loss {measured['loss']:.3f}"
