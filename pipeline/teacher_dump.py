@@ -24,7 +24,7 @@ from workers.device import device_name, resolve_device
 from workers.errors import InputError
 from workers.teacher.checkpoint import identity_of, model_directory, read_config
 from workers.teacher.config import DumpConfig
-from workers.teacher.dump import begin, dump, finished_manifest
+from workers.teacher.dump import dump, finished_manifest, remaining_shards
 from workers.teacher.sequences import TokenizedData, read_sequences
 from workers.teacher.transformers_teacher import TransformersTeacher
 from workers.tokenizers import chat_template_fingerprint, load_tokenizer, tokenizer_fingerprint, vocab_size
@@ -32,6 +32,7 @@ from workers.tokenizers import chat_template_fingerprint, load_tokenizer, tokeni
 # Bytes an id and a logit take together in a shard, measured on instruction text; for the size said before the dump.
 _BYTES_PER_ENTRY = 2.4
 _SCALARS = 5
+_DEFAULT_MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,8 @@ def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
     vocabulary = vocab_size(tokenizer)
     if config.cache.top_k > vocabulary:
         raise InputError(f"--top-k {config.cache.top_k} is more than the vocabulary of {vocabulary}: lower it.")
-    context = model_config.get("max_position_embeddings")
-    if context and config.data.max_tokens > context:
-        raise InputError(
-            f"data.max_tokens={config.data.max_tokens} is more than the {context} positions {config.teacher.model} "
-            f"can read: give --set data.max_tokens={context}."
-        )
-    data = _read(config, tokenizer)
+    max_tokens = _max_tokens(config, model_config)
+    data = _read(config, tokenizer, max_tokens)
     identity = identity_of(config.teacher.model, config.teacher.dtype)
     hidden = None
     if config.cache.hidden_states:
@@ -82,7 +78,7 @@ def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
             num_rows=data.num_rows,
             num_duplicates=data.num_duplicates,
             num_truncated=data.num_truncated,
-            max_tokens=config.data.max_tokens,
+            max_tokens=max_tokens,
         ),
         responses=_generation(config),
         engine=_engine(config, device, cache_dir),
@@ -102,7 +98,7 @@ def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
 def run(prepared: Prepared, config: DumpConfig, cache_dir: Path) -> dict[str, Any]:
     """Dump what is missing; returns the description of the finished cache with what this command did."""
     plan = prepared.plan
-    remaining = begin(cache_dir, plan)
+    remaining = remaining_shards(cache_dir, plan)
     started = time.perf_counter()
     if remaining or finished_manifest(cache_dir) is None:
         if plan.engine.num_threads:
@@ -139,12 +135,25 @@ def expected_size(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _read(config: DumpConfig, tokenizer: Any) -> TokenizedData:
+def _max_tokens(config: DumpConfig, model_config: dict[str, Any]) -> int:
+    """The longest sequence: as asked, or 1,024, or what the teacher's positions cover if that is less."""
+    asked, context = config.data.max_tokens, model_config.get("max_position_embeddings")
+    if asked is None:
+        return min(_DEFAULT_MAX_TOKENS, context or _DEFAULT_MAX_TOKENS)
+    if context and asked > context:
+        raise InputError(
+            f"data.max_tokens={asked} is more than the {context} positions {config.teacher.model} can read: give "
+            f"--set data.max_tokens={context}."
+        )
+    return asked
+
+
+def _read(config: DumpConfig, tokenizer: Any, max_tokens: int) -> TokenizedData:
     with progress_bar("tokenizing") as progress:
         return read_sequences(
             config.data.path,
             tokenizer,
-            max_tokens=config.data.max_tokens,
+            max_tokens=max_tokens,
             responses=config.responses.source,
             max_new_tokens=config.responses.max_new_tokens,
             limit=config.data.limit,

@@ -26,7 +26,7 @@ def save_checkpoint(
     with publish_directory(run_dir / FOLDER / name) as temporary:
         save_file(_weights(model), temporary / "model.safetensors")
         save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-        (temporary / "schedule.json").write_text(json.dumps(_schedule_state(scheduler)), encoding="utf-8")
+        (temporary / "schedule.json").write_text(json.dumps(scheduler.state_dict()), encoding="utf-8")
     for folder in sorted((run_dir / FOLDER).glob("step-*")):
         if folder.name < name:
             shutil.rmtree(folder)
@@ -55,6 +55,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
         scheduler.load_state_dict(schedule)
+        for group, lr in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{folder} cannot be resumed from: {error}. Delete it to go on from an older checkpoint or the beginning."
@@ -78,8 +80,3 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for key, value in optimizer.state[parameter].items():
             tensors[f"{name}/{key}"] = value.contiguous()
     return tensors
-
-
-def _schedule_state(scheduler: Any) -> dict[str, Any]:
-    """Without the schedule's function, which the config makes again."""
-    return {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}

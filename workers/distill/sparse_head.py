@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from workers.ordering import sort_by_logit
+from workers.ordering import exact_top_k, sort_by_logit
 from workers.teacher.lm_head import LMHead, chunks, float32_matmul, widened
 
 EXTRA_CANDIDATES = 8
@@ -24,28 +25,37 @@ EXTRA_CANDIDATES = 8
 def student_top_k(head: LMHead, hidden_ND: Tensor, k: int) -> Tensor:
     """Ids of the student's k highest logits in the order (-float32 logit, id). int64 [N, k]
 
-    Scans in the hidden states' dtype for k + 8 candidates and rescores those in float32.
+    Scans in the hidden states' dtype for k + 8 candidates and rescores those in float32. A row where more ids than
+    candidates tie with the scan's k-th is computed whole in float32.
     """
+    num_candidates = min(k + EXTRA_CANDIDATES, head.vocab_size)
     with torch.no_grad():
         weight_VD = head.weight_VD.to(hidden_ND.dtype)
         bias_V = None if head.bias_V is None else head.bias_V.to(hidden_ND.dtype)
-        num_candidates = min(k + EXTRA_CANDIDATES, head.vocab_size)
-        ids = []
+        ids, unsure = [], []
         for rows in chunks(len(hidden_ND), hidden_ND.element_size() * head.vocab_size):
             # The soft cap and a positive scale keep the order, so the scan leaves them out.
             scan_CV = torch.nn.functional.linear(hidden_ND[rows], weight_VD, bias_V)
-            if num_candidates == head.vocab_size:
-                candidates_CM = torch.arange(num_candidates, device=scan_CV.device).expand(len(scan_CV), -1)
-            else:
-                candidates_CM = torch.topk(scan_CV, num_candidates, dim=1).indices.sort(dim=1).values
+            scanned_CM, candidates_CM = torch.topk(scan_CV, num_candidates, dim=1)
+            candidates_CM = candidates_CM.sort(dim=1).values
             exact_CM = head.logits_at(hidden_ND[rows], candidates_CM)
             ids.append(sort_by_logit(exact_CM, candidates_CM)[1][:, :k])
-        return torch.cat(ids) if ids else torch.empty(0, k, dtype=torch.long, device=hidden_ND.device)
+            unsure.append(scanned_CM[:, min(k, num_candidates) - 1] == scanned_CM[:, -1])
+        ids_NK = torch.cat(ids)
+        if num_candidates < head.vocab_size:
+            unsure_U = torch.cat(unsure).nonzero().squeeze(1)
+            for part in chunks(len(unsure_U), 4 * head.vocab_size):
+                hidden_CD = hidden_ND[unsure_U[part]]
+                logits_CV = head.logits(hidden_CD.to(widened(hidden_CD.dtype)))
+                ids_NK[unsure_U[part]] = exact_top_k(logits_CV, k)[1]
+        return ids_NK
 
 
 def logits_at(head: LMHead, hidden_ND: Tensor, ids_NM: Tensor) -> Tensor:
     """The student's logits of chosen ids, differentiable in hidden states, weight and bias. float32 [N, M]"""
-    products_NM: Tensor = _ChosenProducts.apply(hidden_ND, head.weight_VD, head.bias_V, ids_NM)
+    products_NM: Tensor = _ChosenProducts.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, head.weight_VD, head.bias_V, ids_NM
+    )
     return head.finish(products_NM, None)
 
 
@@ -62,7 +72,9 @@ def row_loss(
     Returns:
         The weighted sum (differentiable, scalar) and the values (detached, [N]).
     """
-    total, values_N = _RowLoss.apply(hidden_ND, head.weight_VD, head.bias_V, head, values_of, weight)
+    total, values_N = _RowLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, head.weight_VD, head.bias_V, head, values_of, weight
+    )
     return total, values_N
 
 
@@ -77,7 +89,8 @@ class _ChosenProducts(torch.autograd.Function):
         return plain.logits_at(hidden_ND, ids_NM)
 
     @staticmethod
-    def backward(ctx: Any, grad_NM: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad_NM: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         hidden_ND, weight_VD, ids_NM = ctx.saved_tensors
         # float32, or float64 where the caller computes in it.
         grad_weight_VD = torch.zeros(weight_VD.shape, dtype=grad_NM.dtype, device=weight_VD.device)
@@ -123,7 +136,7 @@ class _RowLoss(torch.autograd.Function):
                 values_C = values_of(head.finish(products_CV, None), rows)
             values.append(values_C.detach())
             if wants_gradient:
-                (grad_CV,) = torch.autograd.grad(values_C.sum() * weight, products_CV)
+                (grad_CV,) = torch.autograd.grad(values_C, products_CV, torch.full_like(values_C, weight))
                 narrow_CV = grad_CV.to(hidden_ND.dtype)
                 grad_hidden_ND[rows] = narrow_CV @ compute_VD
                 grad_weight_VD += (narrow_CV.T @ hidden_ND[rows]).to(wide)
@@ -131,14 +144,17 @@ class _RowLoss(torch.autograd.Function):
                     grad_bias_V += grad_CV.sum(0).to(grad_bias_V.dtype)
         ctx.weight_dtype = weight_VD.dtype
         ctx.gradients = (grad_hidden_ND, grad_weight_VD, grad_bias_V)
-        values_N = torch.cat(values) if values else hidden_ND.new_zeros(0, dtype=wide)
+        values_N = torch.cat(values)
         ctx.mark_non_differentiable(values_N)
         return values_N.sum() * weight, values_N
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("row_loss keeps its gradients for one backward only")
         grad_hidden_ND, grad_weight_VD, grad_bias_V = ctx.gradients
-        # Scaled in place, for the weight's gradient is as large as the weight; a second backward fails on the None.
+        # Scaled in place, for the weight's gradient is as large as the weight.
         ctx.gradients = None
         grad_hidden_ND.mul_(grad.to(grad_hidden_ND.dtype))
         grad_weight_VD.mul_(grad.to(grad_weight_VD.dtype))

@@ -17,7 +17,7 @@ from workers.lookup.batch import Batch, Part, TeacherPositions
 from workers.lookup.ladder import Ladder
 from workers.losses.catalogue import Loss, Params
 from workers.losses.targets import Targets, TopK
-from workers.teacher.checkpoint import body_of, load_model
+from workers.teacher.checkpoint import body_of, load_model, require_finite
 from workers.teacher.lm_head import head_of
 
 
@@ -94,9 +94,10 @@ def load_student(model: str, layers: Sequence[int] | None, *, gradient_checkpoin
     """A student in float32, in training mode; of some of the model's layers if ``layers`` says so.
 
     Raises:
-        InputError: the model does not load, or has no such layers.
+        InputError: the model does not load, holds NaN, or has no such layers.
     """
     student = load_model(model, torch.float32)
+    require_finite(model, student)
     if layers is not None:
         keep_layers(student, layers)
     if gradient_checkpointing:
@@ -126,6 +127,7 @@ def keep_layers(model: Any, layers: Sequence[int]) -> None:
         raise InputError(f"{type(model).__name__}: no single stack of {depth} layers found to take layers from.")
     name, stack = stacks[0]
     kept = nn.ModuleList(stack[index] for index in layers)
+    module: Any
     for index, layer in enumerate(kept):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):

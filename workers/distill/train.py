@@ -20,7 +20,7 @@ from workers.lookup.batch import Batch, Part, collate
 from workers.lookup.hidden import CachedHiddenStates, HiddenStateSource, LiveHiddenStates
 from workers.lookup.ladder import Ladder
 from workers.losses.catalogue import LOSSES
-from workers.teacher.checkpoint import identity_of
+from workers.teacher.checkpoint import identity_of, require_vocabulary
 from workers.teacher.transformers_teacher import TransformersTeacher
 from workers.tokenizers import check_same_vocabulary, load_tokenizer
 
@@ -114,6 +114,7 @@ def prepare(config: DistillConfig, run_dir: Path, device: torch.device) -> Train
     model = load_student(
         config.student, config.student_layers, gradient_checkpointing=config.gradient_checkpointing
     ).to(device)
+    require_vocabulary(model, reader.plan.tokenizer.vocab_size)
     student = StudentLoss(
         model,
         ladder,
@@ -180,9 +181,7 @@ def _parts(config: DistillConfig) -> list[Part]:
     return [part for part, _ in _losses(config)]
 
 
-def _hidden_state_source(
-    config: DistillConfig, reader: CacheReader, device: torch.device
-) -> HiddenStateSource | None:
+def _hidden_state_source(config: DistillConfig, reader: CacheReader, device: torch.device) -> HiddenStateSource | None:
     if not any(LOSSES[loss.name].needs & {"lookups", "full_row"} for _, loss in _losses(config)):
         return None
     if reader.has_hidden_states:

@@ -44,9 +44,7 @@ class CachedHiddenStates:
         check_head(reader, self.head)
 
     def hidden_states(self, positions: TeacherPositions) -> Tensor:
-        states = [
-            stored_hidden_states(self._reader, member.index)[member.stored_rows] for member in positions.members
-        ]
+        states = [stored_hidden_states(self._reader, member.index)[member.stored_rows] for member in positions.members]
         return torch.cat(states).to(self.head.weight_VD.device)
 
 
@@ -71,7 +69,10 @@ class LiveHiddenStates:
         self.teacher_forwards += len(sequences)
         states = self._teacher.hidden_states(sequences, self._reader.plan.positions)
         return torch.cat(
-            [state[member.stored_rows.to(state.device)] for state, member in zip(states, positions.members, strict=True)]
+            [
+                state[member.stored_rows.to(state.device)]
+                for state, member in zip(states, positions.members, strict=True)
+            ]
         )
 
 
@@ -93,24 +94,28 @@ def stored_hidden_states(reader: CacheReader, index: int) -> Tensor:
 
 
 def check_head(reader: CacheReader, head: LMHead, num_sequences: int = _CHECKED_SEQUENCES) -> None:
-    """Recompute the top-k of sequences spread over the cache from hidden states and head.
+    """Recompute stored logits, by their ids and as a top-k, from hidden states and head, in sequences over the cache.
 
     Raises:
-        CacheCorruptError: it is not the stored one: the head or the hidden states are another teacher's.
+        CacheCorruptError: they are not the stored ones: the head or the hidden states are another teacher's.
     """
     plan = reader.plan
     if head.vocab_size != plan.tokenizer.vocab_size:
-        raise CacheCorruptError(f"{reader.lm_head_path} has {head.vocab_size} rows, the plan {plan.tokenizer.vocab_size}")
+        raise CacheCorruptError(
+            f"{reader.lm_head_path} has {head.vocab_size} rows, the plan {plan.tokenizer.vocab_size}"
+        )
     spread = np.unique(np.linspace(0, len(reader) - 1, min(num_sequences, len(reader)), dtype=int))
     for index in spread.tolist():
         hidden_PD = stored_hidden_states(reader, index).to(head.weight_VD.device)
         rows = reader[index].rows
-        labels_P = torch.zeros(len(hidden_PD), dtype=torch.long, device=hidden_PD.device)
+        ids_PK = torch.from_numpy(rows.token_ids.astype(np.int64)).to(hidden_PD.device)
         with torch.inference_mode():
-            found_PK = score(head, hidden_PD, labels_P, plan.top_k, (1.0,)).logits_NK.cpu().numpy()
+            # The top-k alone would not see rows that have changed places, the stored ids not a row that is now larger.
+            top_PK = score(head, hidden_PD, ids_PK[:, 0], plan.top_k, (1.0,)).logits_NK
+            found_2PK = torch.stack([top_PK, head.logits_at(hidden_PD, ids_PK)]).cpu().numpy()
         # Half a step of rounding, and float32 sums in another order.
         tolerance = plan.logit_step / 2 + 1e-4 * max(1.0, float(np.abs(rows.logits).max()))
-        difference = float(np.abs(found_PK - rows.logits).max())
+        difference = float(np.abs(found_2PK - rows.logits).max())
         if not difference <= tolerance:
             raise CacheCorruptError(
                 f"{reader.lm_head_path} does not belong to the hidden states of {reader.cache_dir}: recomputed top-k "

@@ -84,6 +84,32 @@ def load_model(model: str, dtype: torch.dtype, **config_changes: Any) -> Any:
     return loaded.eval()
 
 
+def require_vocabulary(model: Any, vocab_size: int) -> None:
+    """Refuse a model whose embeddings or LM head have fewer rows than the tokenizer has ids.
+
+    Raises:
+        InputError: says how many there are.
+    """
+    for what, module in (("input embeddings", model.get_input_embeddings()), ("LM head", model.get_output_embeddings())):
+        if module is None or module.weight.shape[0] < vocab_size:
+            rows = 0 if module is None else module.weight.shape[0]
+            raise InputError(
+                f"{type(model).__name__}: its {what} has {rows:,} rows, the tokenizer {vocab_size:,} ids: give a causal "
+                f"language model with this tokenizer's vocabulary."
+            )
+
+
+def require_finite(name: str, module: nn.Module) -> None:
+    """Refuse a model with a NaN or an infinity among its weights.
+
+    Raises:
+        InputError: names the first such weight.
+    """
+    weight = first_nonfinite_weight(module)
+    if weight is not None:
+        raise InputError(f"{name}: its weight {weight} is not finite. Repair the checkpoint, or give another.")
+
+
 def first_nonfinite_weight(module: nn.Module) -> str | None:
     """Name of the first parameter that holds a NaN or an infinity."""
     for name, parameter in module.named_parameters():

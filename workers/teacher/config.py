@@ -26,8 +26,8 @@ class DataConfig(_Section):
     split: str | None = None
     limit: int | None = Field(None, ge=1)
     """Read this many rows at most."""
-    max_tokens: int = Field(1024, ge=2)
-    """Longest sequence, prompt and response together."""
+    max_tokens: int | None = Field(None, ge=2)
+    """Longest sequence, prompt and response together; None is 1,024, or the teacher's context if that is shorter."""
 
 
 class CacheConfig(_Section):

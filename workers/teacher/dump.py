@@ -35,18 +35,17 @@ from workers.teacher.teacher import Teacher
 Progress = Callable[[int, int], None]
 
 
-def begin(cache_dir: Path, plan: Plan) -> list[int]:
-    """Write the plan, or find it already there and equal. Returns the shards that still have to be scored.
+def remaining_shards(cache_dir: Path, plan: Plan) -> list[int]:
+    """The shards that still have to be scored; all of them where nothing was begun. Writes nothing.
 
     Raises:
         CacheMismatchError: the directory belongs to another dump, or holds something else.
     """
     try:
         require_same_plan(cache_dir, read_json(cache_dir / PLAN_NAME, Plan), plan)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if cache_dir.exists() and (not cache_dir.is_dir() or any(_foreign(cache_dir))):
             raise CacheMismatchError(f"{cache_dir} exists and holds no cache: give --out a new directory.") from None
-        write_json(cache_dir / PLAN_NAME, plan)
     return [shard for shard in range(plan.num_shards) if not _is_finished(cache_dir, shard)]
 
 
@@ -58,13 +57,15 @@ def dump(
     tokenizer: Any,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Score every shard without a receipt, then commit the cache.
+    """Write the plan, score every shard without a receipt, then commit the cache.
 
     Args:
         sequences: in data set order; prompts alone where the plan lets the teacher respond.
         progress: called with (sequences done, of sequences); finished shards count as done.
     """
-    remaining = begin(cache_dir, plan)
+    remaining = remaining_shards(cache_dir, plan)
+    if not (cache_dir / PLAN_NAME).exists():
+        write_json(cache_dir / PLAN_NAME, plan)
     num_done = len(sequences) - sum(len(plan.shard_range(shard)) for shard in remaining)
     for shard in remaining:
         with ShardWriter(cache_dir, plan, shard) as writer:

@@ -8,6 +8,7 @@ Shape suffixes: N = positions, C = positions of one chunk, V = vocabulary, D = h
 M = looked-up ids per position, R = temperatures.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from cache_schema.errors import CacheCorruptError
 from cache_schema.storage import publish
-from workers.errors import InputError
 from workers.ordering import exact_top_k
 
 CHUNK_BYTES = 64 * 2**20
@@ -128,26 +128,18 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunks(num_rows: int, bytes_per_row: int) -> Iterator[slice]:
-    """Slices over rows such that a temporary of ``bytes_per_row`` a row stays within CHUNK_BYTES."""
+    """Slices over rows such that a temporary of ``bytes_per_row`` a row stays within CHUNK_BYTES.
+
+    No rows make one empty slice, so that what is collected from the chunks has its shape.
+    """
     size = max(1, CHUNK_BYTES // max(bytes_per_row, 1))
-    for first in range(0, num_rows, size):
+    for first in range(0, max(num_rows, 1), size):
         yield slice(first, min(first + size, num_rows))
 
 
 def head_of(model: Any, vocab_size: int) -> LMHead:
-    """The LM head of a transformers causal language model; its weight stays the model's parameter.
-
-    Raises:
-        InputError: the model has no output embeddings, or fewer rows than the vocabulary.
-    """
+    """The LM head of a transformers causal language model, of ``vocab_size`` rows; the weight stays its parameter."""
     linear = model.get_output_embeddings()
-    if linear is None:
-        raise InputError(f"{type(model).__name__} has no LM head: give a causal language model.")
-    if linear.weight.shape[0] < vocab_size:
-        raise InputError(
-            f"{type(model).__name__} has {linear.weight.shape[0]:,} LM-head rows, the tokenizer {vocab_size:,} ids: "
-            f"give a model with this tokenizer's vocabulary."
-        )
     config = model.config.get_text_config()
     bias = getattr(linear, "bias", None)
     whole = linear.weight.shape[0] == vocab_size
@@ -161,11 +153,12 @@ def head_of(model: Any, vocab_size: int) -> LMHead:
 
 
 def save_head(head: LMHead, path: Path) -> None:
-    """Write the head as safetensors: ``weight``, ``bias`` if there is one, scale and soft cap as metadata."""
+    """Write the head as safetensors: ``weight``, ``bias`` if there is one, scale and soft cap as JSON metadata."""
     tensors = {"weight": head.weight_VD.detach().contiguous().cpu()}
     if head.bias_V is not None:
         tensors["bias"] = head.bias_V.detach().contiguous().cpu()
-    metadata = {"scale": repr(head.scale), "softcap": repr(head.softcap)}
+    # One entry: safetensors writes several in an order of its own, and the same head must be the same bytes.
+    metadata = {"head": json.dumps({"scale": head.scale, "softcap": head.softcap})}
     with publish(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -178,9 +171,8 @@ def load_head(path: Path, device: torch.device) -> LMHead:
     """
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            metadata = file.metadata()
+            settings = json.loads(file.metadata()["head"])
             bias_V = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118, not a mapping
-            softcap = None if metadata["softcap"] == "None" else float(metadata["softcap"])
-            return LMHead(file.get_tensor("weight"), bias_V, float(metadata["scale"]), softcap)
+            return LMHead(file.get_tensor("weight"), bias_V, settings["scale"], settings["softcap"])
     except Exception as error:  # safetensors raises its own type, KeyError or OSError by what is damaged
         raise CacheCorruptError(f"{path} cannot be read: {error}. Restore it, or dump again.") from error

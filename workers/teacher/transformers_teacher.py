@@ -10,7 +10,7 @@ from torch import Tensor
 from cache_schema.manifest import Engine, Generation, TeacherIdentity
 from cache_schema.sequence import Positions, TokenSequence
 from workers.errors import InputError
-from workers.teacher.checkpoint import body_of, check_head, first_nonfinite_weight, load_model, read_config
+from workers.teacher.checkpoint import body_of, check_head, first_nonfinite_weight, load_model, require_vocabulary
 from workers.teacher.lm_head import head_of
 
 
@@ -33,6 +33,7 @@ class TransformersTeacher:
         self._device = device
         self._eos_token_id = eos_token_id
         self._model = load_model(model, getattr(torch, identity.dtype)).to(device).requires_grad_(False)
+        require_vocabulary(self._model, vocab_size)
         self.lm_head = head_of(self._model, vocab_size)
         probe = torch.arange(min(8, vocab_size), device=device)[None]
         hidden_ND = self._body(probe)[0]
@@ -102,10 +103,3 @@ class TransformersTeacher:
             f"Repair the checkpoint, or give another --dtype."
         )
 
-
-def context_length(model_dir: str) -> int | None:
-    """Most tokens the model's positions cover, if its config says."""
-    from pathlib import Path
-
-    length = read_config(Path(model_dir)).get("max_position_embeddings")
-    return int(length) if length else None

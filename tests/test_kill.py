@@ -1,0 +1,110 @@
+"""SIGKILL at any instant of a dump or a run, then the same command: the end is as if nothing had happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import pipeline
+from tests.conftest import write_jsonl
+from tests.test_bad_input import snapshot
+
+
+@pytest.fixture(scope="module")
+def many_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough sequences, one a shard, that a dump takes a second or two."""
+    rows = [{"prompt": f"Number {number}? ", "response": "one two three " * (1 + number % 7)} for number in range(150)]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "many.jsonl", rows)
+
+
+def kill_when(command: list[str], reached: Callable[[], bool]) -> None:
+    """Run ``pipeline`` in a process of its own and SIGKILL it as soon as ``reached``; it must not have finished."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not reached():
+        assert process.poll() is None, f"it ended before the moment came: {process.communicate()[0]!r}"
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+@pytest.mark.parametrize("num_receipts", [0, 3, 40])
+def test_a_killed_dump_ends_with_the_same_bytes_and_scores_no_shard_twice(
+    teacher_dir: Path, many_rows: Path, tmp_path: Path, num_receipts: int
+) -> None:
+    command = [
+        "teacher-dump", "--teacher", str(teacher_dir), "--data", str(many_rows), "--top-k", "16",
+        "--set", "cache.sequences_per_shard=1", "--out",
+    ]  # fmt: skip
+    killed = tmp_path / "killed"
+    kill_when(
+        [*command, str(killed)],
+        lambda: (killed / "plan.json").exists() and len(list(killed.glob("shard-*.json"))) >= num_receipts,
+    )
+    assert not (killed / "manifest.json").exists()
+    facts = pipeline("inspect", killed, "--json").json
+    assert not facts["complete"]
+    finished = {path: path.stat().st_mtime_ns for path in killed.glob("shard-*.json")}
+    assert len(finished) == facts["finished_shards"] >= num_receipts
+
+    again = pipeline(*command, killed, "--json")
+    assert again.json["scored_sequences"] == 150 - len(finished)
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+
+    undisturbed = tmp_path / "undisturbed"
+    assert pipeline(*command, undisturbed).code == 0
+    assert contents(killed) == contents(undisturbed)
+    assert pipeline("verify", killed).code == 0
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 20])
+def test_a_killed_run_resumes_to_the_same_weights_and_losses(
+    teacher_dir: Path, cache_dir: Path, tmp_path: Path, num_steps: int
+) -> None:
+    command = [
+        "distill", "--cache", str(cache_dir), "--student", str(teacher_dir), "--student-layers", "0,2",
+        "--steps", "40", "--dtype", "float32", "--set", "sequences_per_step=4", "--set", "micro_batch_sequences=2",
+        "--set", "checkpoint_every=3", "--set", "optimizer.lr=1e-2", "--out",
+    ]  # fmt: skip
+    killed = tmp_path / "killed"
+    kill_when([*command, str(killed)], lambda: num_lines(killed / "metrics.jsonl") >= num_steps)
+    assert not (killed / "model").exists()
+    assert pipeline(*command, killed).code == 1  # a run is not gone on with by accident
+
+    resumed = pipeline(*command, killed, "--resume", "--json").json
+    undisturbed = pipeline(*command, tmp_path / "undisturbed", "--json").json
+    assert resumed["loss"] == undisturbed["loss"]
+    assert resumed["lookups"] == undisturbed["lookups"]
+    assert losses(killed) == losses(tmp_path / "undisturbed")
+    assert contents(killed / "model") == contents(tmp_path / "undisturbed" / "model")
+    assert not (killed / "checkpoints").exists()
+
+
+def test_resuming_a_finished_run_returns_its_summary(teacher_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
+    command = ["distill", "--cache", cache_dir, "--student", teacher_dir, "--steps", "2", "--out", tmp_path / "run"]
+    first = pipeline(*command, "--json").json
+    before = snapshot(tmp_path / "run")
+    assert pipeline(*command, "--resume", "--json").json == first
+    assert snapshot(tmp_path / "run") == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def losses(run_dir: Path) -> list[tuple[int, float, float]]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in records]
+
+
+def num_lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
