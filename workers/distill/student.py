@@ -4,6 +4,7 @@ Shape suffixes: B = sequences, T = tokens, N = positions, C = positions of a chu
 K = the teacher's leading ids, M = all chosen ids.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +113,7 @@ def keep_layers(model: Any, layers: Sequence[int]) -> None:
     model of fewer layers.
 
     Raises:
-        InputError: an index is outside the model, repeated, or out of order.
+        InputError: an index is outside the model, repeated, or out of order; or the config cannot say what is left.
     """
     config = model.config.get_text_config()
     depth = config.num_hidden_layers
@@ -134,9 +135,23 @@ def keep_layers(model: Any, layers: Sequence[int]) -> None:
                 module.layer_idx = index
     setattr(body, name, kept)
     for key, value in list(vars(config).items()):
-        if isinstance(value, list) and len(value) == depth:
+        if isinstance(value, list) and len(value) == depth and not key.endswith("token_id"):
             setattr(config, key, [value[index] for index in layers])
     config.num_hidden_layers = len(layers)
+    _require_plain(model)
+
+
+def _require_plain(model: Any) -> None:
+    """Refuse a model that its own config would not build again, such as one that names layers by their index."""
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config))
+    shapes, wanted = ({name: tensor.shape for name, tensor in m.state_dict().items()} for m in (plain, model))
+    if shapes != wanted:
+        name = min(key for key in shapes.keys() | wanted.keys() if shapes.get(key) != wanted.get(key))
+        raise InputError(
+            f"{type(model).__name__}: with these --student-layers its config no longer describes its layers ({name} "
+            f"differs). Keep other layers, or give a smaller --student."
+        )
 
 
 def _is_stack(module: nn.Module, depth: int) -> bool:

@@ -44,7 +44,7 @@ class TransformersTeacher:
     def hidden_states(self, batch: Sequence[TokenSequence], positions: Positions) -> list[Tensor]:
         input_ids = torch.zeros(len(batch), max(s.num_tokens for s in batch), dtype=torch.long)
         for row, sequence in enumerate(batch):
-            input_ids[row, : sequence.num_tokens] = torch.from_numpy(sequence.input_ids)
+            input_ids[row, : sequence.num_tokens] = torch.tensor(sequence.input_ids)
         # No attention mask: the padding is on the right, where a causal model cannot look.
         hidden_BTD = self._body(input_ids.to(self._device))
         states = []
@@ -60,7 +60,7 @@ class TransformersTeacher:
         input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
         for row, prompt in enumerate(batch):
-            input_ids[row, longest - prompt.num_tokens :] = torch.from_numpy(prompt.input_ids)
+            input_ids[row, longest - prompt.num_tokens :] = torch.tensor(prompt.input_ids)
             attention_mask[row, longest - prompt.num_tokens :] = 1
         sampled = generation.temperature > 0
         choice: dict[str, Any] = {"do_sample": False}
