@@ -5,6 +5,7 @@ the plan's grid: small integers, which Parquet's byte-stream split and zstd shri
 logit is within half a step of the truth.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -79,8 +80,17 @@ def list_array(rows: list[npt.NDArray[Any]], value_type: pa.DataType) -> pa.List
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=value_type))
 
 
-def list_values(column: pa.ListArray, row: int) -> npt.NDArray[Any]:
-    """The values of one row's list, without a copy where Arrow allows."""
-    start, stop = column.offsets[row].as_py(), column.offsets[row + 1].as_py()
-    values: npt.NDArray[Any] = column.values.slice(start, stop - start).to_numpy(zero_copy_only=False)
-    return values
+def split_lists(column: pa.ListArray) -> list[npt.NDArray[Any]]:
+    """Undo ``list_array``: one flat array per row, views of Arrow's memory where Arrow allows."""
+    offsets = column.offsets.to_numpy()
+    values = column.values.to_numpy(zero_copy_only=False)
+    return [values[start:stop] for start, stop in pairwise(offsets)]
+
+
+def all_finite(states: npt.NDArray[np.generic], dtype: str) -> bool:
+    """Whether hidden states of one of ``HIDDEN_NUMPY_DTYPES`` hold neither NaN nor infinity."""
+    if dtype == "bfloat16":
+        # An exponent of all ones is an infinity or a NaN.
+        bits = states.view(np.uint16)
+        return not bool(((bits & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(states.view(HIDDEN_NUMPY_DTYPES[dtype])).all())

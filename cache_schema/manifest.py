@@ -177,15 +177,15 @@ def read_json(path: Path, model: type[StoredModel]) -> StoredModel:
     """
     try:
         raw = path.read_bytes()
-    except FileNotFoundError:
-        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror or error}.") from error
     try:
         document: Any = json.loads(raw)
         _check_version(path, document)
         return model.model_validate(document)
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # pydantic, json and Unicode errors are ValueErrors
         reason = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(str(part) for part in reason["loc"]) or "the document"
         raise CacheCorruptError(
@@ -203,7 +203,7 @@ def read_manifest(cache_dir: Path) -> Manifest:
     path = cache_dir / MANIFEST_NAME
     try:
         return read_json(path, Manifest)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         if not cache_dir.is_dir():
             raise CacheIncompleteError(f"{cache_dir} is not a directory: give the --out of a teacher-dump.") from None
         if (cache_dir / PLAN_NAME).exists():

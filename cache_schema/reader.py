@@ -1,7 +1,8 @@
 """Reads a finished cache by sequence index, in any order."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -11,18 +12,28 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cache_schema.encoding import HIDDEN_COLUMN, HIDDEN_NUMPY_DTYPES, from_steps, list_values
+from cache_schema.encoding import (
+    HIDDEN_COLUMN,
+    HIDDEN_NUMPY_DTYPES,
+    SCALAR_COLUMNS,
+    from_steps,
+    hidden_schema,
+    shard_schema,
+    split_lists,
+)
 from cache_schema.errors import CacheCorruptError, SequenceNotFoundError
 from cache_schema.manifest import (
     LM_HEAD_NAME,
+    PLAN_NAME,
     TOKENIZER_NAME,
     Plan,
     hidden_name,
     manifest_sha256,
+    read_json,
     read_manifest,
     shard_name,
 )
-from cache_schema.sequence import ScoredSequence, TokenSequence, TopKRows
+from cache_schema.sequence import SEQUENCE_ID_BYTES, ScoredSequence, TokenSequence, TopKRows
 
 _GROUPS_KEPT = 64
 _FILES_KEPT = 64
@@ -42,6 +53,7 @@ class CacheReader(Sequence[ScoredSequence]):
         self.cache_dir = Path(cache_dir)
         self.manifest = read_manifest(self.cache_dir)
         self.manifest_sha256 = manifest_sha256(self.cache_dir)
+        self._check_plan()
         self._first_index = np.cumsum([0, *(receipt.num_sequences for receipt in self.manifest.receipts)])
         self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], list[ScoredSequence]] = OrderedDict()
@@ -81,12 +93,13 @@ class CacheReader(Sequence[ScoredSequence]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         shard, row = self._locate(index)
-        group, row_in_group = self._group_of(shard_name(shard), row)
+        name = shard_name(shard)
+        group, row_in_group = self._group_of(name, shard, row)
         key = (shard, group)
         if key in self._groups:
             self._groups.move_to_end(key)
         else:
-            self._groups[key] = self._decode(shard_name(shard), self._read_group(shard_name(shard), group))
+            self._groups[key] = self._decode(name, self._read_group(name, group, shard_schema(self.plan)))
             if len(self._groups) > _GROUPS_KEPT:
                 self._groups.popitem(last=False)
         return self._groups[key][row_in_group]
@@ -100,33 +113,49 @@ class CacheReader(Sequence[ScoredSequence]):
         assert self.plan.hidden_states is not None
         shard, row = self._locate(index)
         name = hidden_name(shard)
-        group, row_in_group = self._group_of(name, row)
-        table = self._read_group(name, group)
+        group, row_in_group = self._group_of(name, shard, row)
+        table = self._read_group(name, group, hidden_schema())
         if table["sequence_id"][row_in_group].as_py() != self[index].sequence.sequence_id:
             raise self._corrupt(name, f"row {row} belongs to another sequence than in {shard_name(shard)}")
-        raw = table[HIDDEN_COLUMN].chunk(0)[row_in_group].as_buffer()
-        states = np.frombuffer(raw, dtype=HIDDEN_NUMPY_DTYPES[self.plan.hidden_states.dtype])
+        raw = table[HIDDEN_COLUMN][row_in_group].as_buffer()
+        dtype = np.dtype(HIDDEN_NUMPY_DTYPES[self.plan.hidden_states.dtype])
         shape = (self[index].rows.num_positions, self.plan.hidden_states.size)
-        if states.size != shape[0] * shape[1]:
-            raise self._corrupt(name, f"row {row} holds {states.size} values, expected {shape[0]}x{shape[1]}")
-        return states.reshape(shape)
+        if raw.size != shape[0] * shape[1] * dtype.itemsize:
+            raise self._corrupt(name, f"row {row} holds {raw.size} bytes, expected {shape[0]}x{shape[1]} {dtype}")
+        states: npt.NDArray[np.generic] = np.frombuffer(raw, dtype=dtype).reshape(shape)
+        return states
 
     def index_of(self, sequence_id: bytes) -> int:
-        """Index of a sequence by its 128-bit id.
+        """Index of a sequence by its 128-bit id. The first call reads the ids of all shards: 24 bytes a sequence.
 
         Raises:
             SequenceNotFoundError: no such sequence.
         """
-        for receipt in self.manifest.receipts:
-            file = self._open(shard_name(receipt.shard))
-            column = file.read(columns=["sequence_id"])["sequence_id"]
-            found = column.to_pylist()
-            if sequence_id in found:
-                return int(self._first_index[receipt.shard]) + found.index(sequence_id)
+        sorted_ids, order = self._index_by_id
+        wanted = np.array([sequence_id], dtype=sorted_ids.dtype)
+        place = int(np.searchsorted(sorted_ids, wanted)[0])
+        if place < len(self) and sorted_ids[place].tobytes() == sequence_id:
+            return int(order[place])
         raise SequenceNotFoundError(
             f"sequence {sequence_id.hex()} is not in {self.cache_dir} ({len(self):,} sequences): it was tokenized "
             f"differently, or never dumped. `pipeline inspect {self.cache_dir}` says what the cache was made with."
         )
+
+    @cached_property
+    def _index_by_id(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """All ids in ascending order, and the index of each."""
+        ids = []
+        for shard, receipt in enumerate(self.manifest.receipts):
+            name = shard_name(shard)
+            file = self._open(name)
+            with self._reading(name):
+                column = b"".join(file.read(columns=["sequence_id"])["sequence_id"].to_pylist())
+            if len(column) != receipt.num_sequences * SEQUENCE_ID_BYTES:
+                raise self._corrupt(name, f"it does not hold {receipt.num_sequences} sequence ids")
+            ids.append(column)
+        flat = np.frombuffer(b"".join(ids), dtype=f"V{SEQUENCE_ID_BYTES}")
+        order = np.argsort(flat, kind="stable")
+        return flat[order], order
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not -len(self) <= index < len(self):
@@ -135,67 +164,87 @@ class CacheReader(Sequence[ScoredSequence]):
         shard = int(np.searchsorted(self._first_index, index, side="right")) - 1
         return shard, index - int(self._first_index[shard])
 
-    def _group_of(self, name: str, row: int) -> tuple[int, int]:
+    def _group_of(self, name: str, shard: int, row: int) -> tuple[int, int]:
         ends = self._group_ends.get(name)
         if ends is None:
             metadata = self._open(name).metadata
             sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+            # No checksum covers a Parquet footer: a wrong count in it would shift every later row.
+            if min(sizes, default=0) < 0 or sum(sizes) != self.manifest.receipts[shard].num_sequences:
+                raise self._corrupt(name, f"its row groups hold {sum(sizes)} rows, its receipt says otherwise")
             ends = self._group_ends[name] = np.cumsum(sizes, dtype=np.int64)
         group = int(np.searchsorted(ends, row, side="right"))
-        if group == len(ends):
-            raise self._corrupt(name, f"it has {ends[-1] if len(ends) else 0} rows, row {row} is missing")
         return group, row - (int(ends[group - 1]) if group else 0)
 
     def _open(self, name: str) -> pq.ParquetFile:
         if name in self._files:
             self._files.move_to_end(name)
             return self._files[name]
-        try:
+        with self._reading(name):
             file = pq.ParquetFile(self.cache_dir / name, page_checksum_verification=True)
-        except (OSError, pa.ArrowException) as error:
-            raise self._corrupt(name, str(error)) from error
         self._files[name] = file
         if len(self._files) > _FILES_KEPT:
             self._files.popitem(last=False)[1].close()
         return file
 
-    def _read_group(self, name: str, group: int) -> pa.Table:
+    def _read_group(self, name: str, group: int, schema: pa.Schema) -> pa.Table:
+        file = self._open(name)
+        with self._reading(name):
+            # Threads would cost more than they save on row groups of this size.
+            table = file.read_row_group(group, use_threads=False)
+            table.validate()
+            if not table.schema.equals(schema):
+                raise ValueError("its columns are not those of the format")
+            if table.num_rows != file.metadata.row_group(group).num_rows:
+                raise ValueError(f"row group {group} has {table.num_rows} rows, its footer says otherwise")
+        return table
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Name the file in whatever pyarrow raises over damaged bytes."""
         try:
-            return self._open(name).read_row_group(group)
-        except (OSError, pa.ArrowException) as error:
+            yield
+        except (OSError, ValueError, LookupError, MemoryError, OverflowError, pa.ArrowException) as error:
             raise self._corrupt(name, str(error)) from error
 
     def _decode(self, name: str, table: pa.Table) -> list[ScoredSequence]:
-        columns = {field: table[field].combine_chunks() for field in table.column_names}
-        try:
-            return [self._decode_row(columns, row) for row in range(table.num_rows)]
-        except (ValueError, KeyError) as error:
-            raise self._corrupt(name, str(error)) from error
+        with self._reading(name):
+            columns = {field: table[field].combine_chunks() for field in table.column_names}
+            lists = {field: split_lists(column) for field, column in columns.items() if pa.types.is_list(column.type)}
+            ids, sources = columns["sequence_id"].to_pylist(), columns["source"].to_pylist()
+            return [
+                self._decode_row({field: rows[row] for field, rows in lists.items()}, ids[row], sources[row])
+                for row in range(table.num_rows)
+            ]
 
-    def _decode_row(self, columns: dict[str, Any], row: int) -> ScoredSequence:
+    def _decode_row(self, values: dict[str, npt.NDArray[Any]], sequence_id: bytes, source: str) -> ScoredSequence:
         plan = self.plan
-        sequence = TokenSequence(
-            list_values(columns["input_ids"], row),
-            list_values(columns["loss_mask"], row),
-            columns["source"][row].as_py(),
-        )
-        if sequence.sequence_id != columns["sequence_id"][row].as_py():
-            raise ValueError(f"row {row}: its sequence id is not the hash of its tokens")
+        sequence = TokenSequence(values["input_ids"], values["loss_mask"], source)
+        if sequence.sequence_id != sequence_id:
+            raise ValueError(f"the tokens of sequence {sequence_id.hex()} have another id")
         num_positions = len(sequence.target_rows(plan.positions))
         if plan.logit_step:
-            drops = list_values(columns["logit_drops"], row).reshape(num_positions, plan.top_k - 1)
-            logits = from_steps(list_values(columns["top_logit_steps"], row), drops, plan.logit_step)
+            drops = values["logit_drops"].reshape(num_positions, plan.top_k - 1)
+            logits = from_steps(values["top_logit_steps"], drops, plan.logit_step)
         else:
-            logits = list_values(columns["logits"], row).reshape(num_positions, plan.top_k)
+            logits = values["logits"].reshape(num_positions, plan.top_k)
+        scalars = {name: values[name].reshape(num_positions) for name in SCALAR_COLUMNS if name != "tail_logsumexp"}
         rows = TopKRows(
-            token_ids=list_values(columns["token_ids"], row).reshape(num_positions, plan.top_k),
+            token_ids=values["token_ids"].reshape(num_positions, plan.top_k),
             logits=logits,
-            tail_logsumexp=list_values(columns["tail_logsumexp"], row).reshape(num_positions, -1),
-            label_logit=list_values(columns["label_logit"], row),
-            row_mean=list_values(columns["row_mean"], row),
-            row_std=list_values(columns["row_std"], row),
+            tail_logsumexp=values["tail_logsumexp"].reshape(num_positions, len(plan.temperatures)),
+            **scalars,
         )
         return ScoredSequence(sequence, rows, hidden_states=None)
+
+    def _check_plan(self) -> None:
+        """Hashes vouch for the shards but not for the manifest; that its plan stands twice does."""
+        try:
+            stored = read_json(self.cache_dir / PLAN_NAME, Plan)
+        except FileNotFoundError:
+            raise self._corrupt(PLAN_NAME, "it is missing") from None
+        if stored != self.plan:
+            raise self._corrupt(PLAN_NAME, "it says something else than manifest.json")
 
     def _check_size(self, name: str, expected: int) -> None:
         path = self.cache_dir / name

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cache_schema.errors import StorageError
@@ -30,10 +30,10 @@ def publish(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         _flush(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _refused(path, error) from error
+        _discard(temporary)
+        raise refused(path, error) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise
 
 
@@ -51,7 +51,7 @@ def publish_directory(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise _refused(path, error) from error
+        raise refused(path, error) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -83,7 +83,14 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _refused(path: Path, error: OSError) -> StorageError:
+def _discard(temporary: Path) -> None:
+    """Remove what a failed write left; a disk that refused the write may refuse this too."""
+    with suppress(OSError):
+        temporary.unlink()
+
+
+def refused(path: Path, error: OSError) -> StorageError:
+    """The file system's refusal to write, with the way out."""
     return StorageError(
         f"{path} cannot be written: {error.strerror or error}. Nothing was left under that name; free space or fix "
         f"the permissions and run the same command again, finished work is kept."

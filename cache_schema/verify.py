@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from cache_schema.encoding import all_finite
 from cache_schema.errors import CacheCorruptError, CacheError
 from cache_schema.manifest import (
+    MANIFEST_NAME,
     PLAN_NAME,
     Manifest,
     Plan,
@@ -52,7 +53,7 @@ def verify(cache_dir: Path, progress: Callable[[int, int], None] | None = None) 
     try:
         manifest = read_manifest(cache_dir)
     except CacheCorruptError as error:
-        report.errors.append(Damage("manifest.json", str(error)))
+        report.errors.append(Damage(MANIFEST_NAME, str(error)))
         return report
     report.errors += _check_documents(cache_dir, manifest)
     hidden = {hidden_name(receipt.shard) for receipt in manifest.receipts}
@@ -61,17 +62,16 @@ def verify(cache_dir: Path, progress: Callable[[int, int], None] | None = None) 
     else:
         hidden_deleted, files = False, manifest.all_files
     total = sum(file.num_bytes for file in files)
-    damaged = set()
     for file in files:
         reason = _check_file(cache_dir / file.name, file.num_bytes, file.sha256)
         if reason:
             report.errors.append(Damage(file.name, reason))
-            damaged.add(file.name)
         report.checked_bytes += file.num_bytes
         if progress:
             progress(report.checked_bytes, total)
-    if not {shard_name(receipt.shard) for receipt in manifest.receipts} & damaged:
-        report.errors += _check_shards(CacheReader(cache_dir), check_hidden=not hidden_deleted and not damaged)
+    damaged = {damage.file for damage in report.errors}
+    if not {PLAN_NAME, MANIFEST_NAME, *(shard_name(receipt.shard) for receipt in manifest.receipts)} & damaged:
+        report.errors += _check_shards(CacheReader(cache_dir), check_hidden=not hidden_deleted and not hidden & damaged)
     return report
 
 
@@ -90,10 +90,10 @@ def _check_documents(cache_dir: Path, manifest: Manifest) -> Iterator[Damage]:
             if found != expected:
                 yield Damage(name, "it says something else than manifest.json")
     if [receipt.shard for receipt in manifest.receipts] != list(range(manifest.plan.num_shards)):
-        yield Damage("manifest.json", f"its receipts are not those of shards 0 to {manifest.plan.num_shards - 1}")
+        yield Damage(MANIFEST_NAME, f"its receipts are not those of shards 0 to {manifest.plan.num_shards - 1}")
     num_sequences = sum(receipt.num_sequences for receipt in manifest.receipts)
     if num_sequences != manifest.plan.num_sequences:
-        yield Damage("manifest.json", f"receipts hold {num_sequences} sequences, the plan {manifest.plan.num_sequences}")
+        yield Damage(MANIFEST_NAME, f"receipts hold {num_sequences} sequences, the plan {manifest.plan.num_sequences}")
 
 
 def _check_file(path: Path, num_bytes: int, sha256: str) -> str | None:
@@ -118,8 +118,8 @@ def _check_shards(reader: CacheReader, check_hidden: bool) -> Iterator[Damage]:
                 reason = check_rows(scored, reader.plan)
                 if reason:
                     yield Damage(shard_name(receipt.shard), f"sequence {scored.sequence.sequence_id.hex()}: {reason}")
-                if check_hidden and reader.plan.hidden_states and not _finite(reader.hidden_states(index), reader.plan):
-                    yield Damage(hidden_name(receipt.shard), f"row {index - first}: a hidden state is not finite")
+                if check_hidden:
+                    yield from _check_hidden(reader, index, receipt.shard)
         except CacheCorruptError as error:
             yield Damage(shard_name(receipt.shard), str(error))
         else:
@@ -128,9 +128,21 @@ def _check_shards(reader: CacheReader, check_hidden: bool) -> Iterator[Damage]:
         first += receipt.num_sequences
 
 
+def _check_hidden(reader: CacheReader, index: int, shard: int) -> Iterator[Damage]:
+    hidden = reader.plan.hidden_states
+    try:
+        if hidden and not all_finite(reader.hidden_states(index), hidden.dtype):
+            sequence_id = reader[index].sequence.sequence_id.hex()
+            yield Damage(hidden_name(shard), f"sequence {sequence_id}: a hidden state is not finite")
+    except CacheCorruptError as error:
+        yield Damage(hidden_name(shard), str(error))
+
+
 def check_rows(scored: ScoredSequence, plan: Plan) -> str | None:
     """What is wrong with a sequence's rows, or None."""
     rows = scored.rows
+    if rows.num_positions == 0:
+        return "it has no target position"
     ids = np.sort(rows.token_ids, axis=1)
     if ids.min() < 0 or ids.max() >= plan.tokenizer.vocab_size:
         return f"token id outside the vocabulary of {plan.tokenizer.vocab_size}"
@@ -155,12 +167,3 @@ def check_rows(scored: ScoredSequence, plan: Plan) -> str | None:
     if (rows.label_logit[~inside] > rows.logits[~inside, -1] + slack).any():
         return "a label outside the top k has a logit above it"
     return None
-
-
-def _finite(states: npt.NDArray[np.generic], plan: Plan) -> bool:
-    assert plan.hidden_states is not None
-    if plan.hidden_states.dtype == "bfloat16":
-        # An exponent of all ones is an infinity or a NaN.
-        bits = states.view(np.uint16)
-        return not bool(((bits & 0x7F80) == 0x7F80).any())
-    return bool(np.isfinite(states.view(states.dtype.type)).all())

@@ -1,6 +1,8 @@
 """Writes one shard: Parquet files first, the receipt last."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,19 +15,23 @@ from cache_schema.encoding import (
     HIDDEN_COLUMN,
     HIDDEN_NUMPY_DTYPES,
     SCALAR_COLUMNS,
+    all_finite,
     hidden_schema,
     list_array,
     logit_columns,
     shard_schema,
     to_steps,
 )
-from cache_schema.errors import StorageError
 from cache_schema.manifest import Plan, Receipt, StoredFile, hidden_name, receipt_name, shard_name, write_json
 from cache_schema.sequence import ScoredSequence
-from cache_schema.storage import publish, sha256_of
+from cache_schema.storage import publish, refused, sha256_of
 
 ROWS_PER_GROUP = 16
 """Sequences decoded together: enough for the compression, few enough for random access in training."""
+
+
+class _Abandoned(Exception):
+    """Tells ``publish`` to clean up; the caller's own error could be mistaken for the disk's."""
 
 
 class ShardWriter:
@@ -34,23 +40,29 @@ class ShardWriter:
     Rows stand in the order they were appended. Memory is bounded by one row group and one sequence's hidden states.
 
     Raises:
-        ValueError: a sequence breaks the format (too many targets, NaN, an id outside the vocabulary, wrong order).
-        StorageError: the disk refused; nothing is left under a final name.
+        ValueError: a sequence breaks the format (too many targets, NaN, an id outside the vocabulary, wrong order), or
+            the shard has not the plan's number of sequences.
+        StorageError: the disk refused; nothing half-written is left under a final name, and no receipt.
     """
 
     def __init__(self, cache_dir: Path, plan: Plan, shard: int) -> None:
         self._cache_dir = cache_dir
         self._plan = plan
         self._shard = shard
-        self._stack = ExitStack()
+        self._publications = ExitStack()
+        self._writers: dict[str, pq.ParquetWriter] = {}
         self._pending: list[ScoredSequence] = []
         self._num_sequences = self._num_tokens = self._num_positions = 0
+
+    @property
+    def _names(self) -> list[str]:
+        return [shard_name(self._shard), *([hidden_name(self._shard)] if self._plan.hidden_states else [])]
 
     def __enter__(self) -> "ShardWriter":
         grid_columns = [name for name in logit_columns(self._plan) if name != "logits"]
         split = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in [*logit_columns(self._plan), *SCALAR_COLUMNS]}
         try:
-            self._rows = self._open(
+            self._open(
                 shard_name(self._shard),
                 shard_schema(self._plan),
                 compression="zstd",
@@ -60,9 +72,8 @@ class ShardWriter:
                 write_statistics=["sequence_id", *(f"{name}.list.element" for name in grid_columns)],
                 write_page_checksum=True,
             )
-            self._hidden = None
             if self._plan.hidden_states:
-                self._hidden = self._open(
+                self._open(
                     hidden_name(self._shard),
                     hidden_schema(),
                     compression="none",  # float noise: zstd saves little and costs the reader more
@@ -70,8 +81,8 @@ class ShardWriter:
                     write_statistics=False,
                     write_page_checksum=True,
                 )
-        except BaseException as error:
-            self._stack.__exit__(type(error), error, error.__traceback__)
+        except BaseException:
+            self._abandon()
             raise
         return self
 
@@ -80,48 +91,65 @@ class ShardWriter:
         self._num_sequences += 1
         self._num_tokens += scored.sequence.num_tokens
         self._num_positions += scored.rows.num_positions
-        self._pending.append(scored)
-        if self._hidden is not None:
-            assert scored.hidden_states is not None
+        if scored.hidden_states is not None:
             row = [[scored.sequence.sequence_id], [scored.hidden_states.tobytes()]]
             # A row group a sequence, so that a reader fetches the hidden states of one sequence alone.
-            self._write(self._hidden, pa.table(row, schema=hidden_schema()))
+            self._write(hidden_name(self._shard), pa.table(row, schema=hidden_schema()))
+        self._pending.append(replace(scored, hidden_states=None))
         if len(self._pending) == ROWS_PER_GROUP:
             self._write_group()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None and self._pending:
-            try:
+        if kind is not None:
+            self._abandon()
+            return
+        try:
+            expected = len(self._plan.shard_range(self._shard))
+            if self._num_sequences != expected:
+                raise ValueError(f"shard {self._shard} got {self._num_sequences} sequences, the plan says {expected}")
+            if self._pending:
                 self._write_group()
-            except BaseException as failure:
-                self._stack.__exit__(type(failure), failure, failure.__traceback__)
-                raise
-        self._stack.__exit__(kind, error, traceback)
-        if kind is None:
+            # Both files are complete before either gets its name.
+            for name, writer in self._writers.items():
+                with self._writing(name):
+                    writer.close()
+            self._publications.close()
             write_json(self._cache_dir / receipt_name(self._shard), self._receipt())
+        except BaseException:
+            self._abandon()
+            raise
 
-    def _open(self, name: str, schema: pa.Schema, **options: Any) -> pq.ParquetWriter:
-        temporary = self._stack.enter_context(publish(self._cache_dir / name))
-        return self._stack.enter_context(pq.ParquetWriter(temporary, schema, **options))
+    def _open(self, name: str, schema: pa.Schema, **options: Any) -> None:
+        temporary = self._publications.enter_context(publish(self._cache_dir / name))
+        with self._writing(name):
+            self._writers[name] = pq.ParquetWriter(temporary, schema, **options)
 
     def _write_group(self) -> None:
-        self._write(self._rows, _table(self._pending, self._plan))
+        self._write(shard_name(self._shard), _table(self._pending, self._plan))
         self._pending = []
 
-    def _write(self, writer: pq.ParquetWriter, table: pa.Table) -> None:
+    def _write(self, name: str, table: pa.Table) -> None:
+        with self._writing(name):
+            self._writers[name].write_table(table)
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
         try:
-            writer.write_table(table)
+            yield
         except OSError as error:
-            raise StorageError(
-                f"{self._cache_dir / shard_name(self._shard)} cannot be written: {error.strerror or error}. Free "
-                f"space or fix the permissions and run the same command again, finished shards are kept."
-            ) from error
+            raise refused(self._cache_dir / name, error) from error
+
+    def _abandon(self) -> None:
+        for writer in self._writers.values():
+            with suppress(OSError):  # a full disk refuses the footer too
+                writer.close()
+        abandoned = _Abandoned()
+        self._publications.__exit__(_Abandoned, abandoned, None)
 
     def _receipt(self) -> Receipt:
-        names = [shard_name(self._shard), *([hidden_name(self._shard)] if self._plan.hidden_states else [])]
-        sizes = _column_bytes(self._cache_dir / names[0])
+        sizes = _column_bytes(self._cache_dir / shard_name(self._shard))
         return Receipt(
             shard=self._shard,
             num_sequences=self._num_sequences,
@@ -129,7 +157,7 @@ class ShardWriter:
             num_positions=self._num_positions,
             logits_bytes=sum(sizes[name] for name in logit_columns(self._plan)),
             scalar_bytes=sum(sizes[name] for name in SCALAR_COLUMNS),
-            files=tuple(stored_file(self._cache_dir, name) for name in names),
+            files=tuple(stored_file(self._cache_dir, name) for name in self._names),
         )
 
 
@@ -141,7 +169,7 @@ def stored_file(cache_dir: Path, name: str) -> StoredFile:
 def _table(group: list[ScoredSequence], plan: Plan) -> pa.Table:
     sequences = [scored.sequence for scored in group]
     rows = [scored.rows for scored in group]
-    columns = {
+    columns: dict[str, pa.Array] = {
         "sequence_id": pa.array([sequence.sequence_id for sequence in sequences], pa.binary(16)),
         "source": pa.array([sequence.source for sequence in sequences], pa.string()),
         "input_ids": list_array([sequence.input_ids for sequence in sequences], pa.int32()),
@@ -166,20 +194,23 @@ def _check(scored: ScoredSequence, plan: Plan) -> None:
     where = f"sequence {sequence.sequence_id.hex()}"
     if expected[0] == 0:
         raise ValueError(f"{where} has no target position")
-    shapes = {"token_ids": expected, "logits": expected, "tail_logsumexp": (expected[0], len(plan.temperatures))}
-    shapes |= {name: expected[:1] for name in ("label_logit", "row_mean", "row_std")}
+    shapes: dict[str, tuple[int, ...]] = {"token_ids": expected, "logits": expected}
+    shapes["tail_logsumexp"] = (expected[0], len(plan.temperatures))
+    shapes |= dict.fromkeys(("label_logit", "row_mean", "row_std"), expected[:1])
     for name, shape in shapes.items():
         if getattr(rows, name).shape != shape:
             raise ValueError(f"{where}: {name} is {getattr(rows, name).shape}, the plan and the mask say {shape}")
     vocab_size = plan.tokenizer.vocab_size
     for name, ids in (("input_ids", sequence.input_ids), ("token_ids", rows.token_ids)):
         if ids.min() < 0 or ids.max() >= vocab_size:
-            raise ValueError(f"{where}: {name} holds {ids.max()}, outside the vocabulary of {vocab_size}")
+            outside = ids.min() if ids.min() < 0 else ids.max()
+            raise ValueError(f"{where}: {name} holds {outside}, outside the vocabulary of {vocab_size}")
     for name in ("logits", "label_logit", "row_mean", "row_std"):
         if not np.isfinite(getattr(rows, name)).all():
             raise ValueError(f"{where}: {name} is not finite")
     # With K = V the tail is empty and its log-sum-exp is -inf; anything else must be a number.
-    if not (np.isfinite(rows.tail_logsumexp).all() or (plan.top_k == vocab_size and not np.isnan(rows.tail_logsumexp).any())):
+    empty_tail = (rows.tail_logsumexp == -np.inf) & (plan.top_k == vocab_size)
+    if not (np.isfinite(rows.tail_logsumexp) | empty_tail).all():
         raise ValueError(f"{where}: tail_logsumexp is not finite")
     if (np.diff(rows.logits, axis=1) > 0).any():
         raise ValueError(f"{where}: logits increase")
@@ -191,6 +222,8 @@ def _check(scored: ScoredSequence, plan: Plan) -> None:
     wanted = (expected[0], hidden.size)
     if states is None or states.shape != wanted or states.dtype != np.dtype(HIDDEN_NUMPY_DTYPES[hidden.dtype]):
         raise ValueError(f"{where}: {HIDDEN_COLUMN} must be {wanted} in {hidden.dtype}")
+    if not all_finite(states, hidden.dtype):
+        raise ValueError(f"{where}: {HIDDEN_COLUMN} is not finite")
 
 
 def _column_bytes(path: Path) -> dict[str, int]:
