@@ -54,6 +54,8 @@ class Training:
                 sequences_per_step=config.sequences_per_step,
                 seed=config.seed,
             )
+            # Sequences of one length share a micro-batch: the sum is the same and less of it is padding.
+            indexes.sort(key=lambda index: self.reader[index].sequence.num_tokens)
             batches = [
                 collate(self.reader, indexes[first : first + config.micro_batch_sequences], parts, self.device)
                 for first in range(0, len(indexes), config.micro_batch_sequences)
