@@ -68,18 +68,19 @@ class StudentLoss(nn.Module):
         head = head_of(self.model, self._vocab_size)
         if term.loss.student_row:
             return row_loss(head, hidden_ND, self._values_on_rows(term, positions), weight)[0]
+        # The logits of both leaders' ids in one pass over the head; a half the loss does not use has no ids.
         k = int(term.params["k"])
-        teacher_ids_NK = positions.token_ids_NK[:, :k]
-        chosen = [teacher_ids_NK] if "top_k" in term.loss.needs else []
+        teacher_ids_NK = positions.token_ids_NK[:, : k if "top_k" in term.loss.needs else 0]
+        student_ids_NK = positions.token_ids_NK[:, :0]
         if "lookups" in term.loss.needs:
-            chosen.append(student_top_k(head, hidden_ND, k))
-        student_NM = logits_at(head, hidden_ND, torch.cat(chosen, dim=1))
-        teacher_led = student_led = None
-        if "top_k" in term.loss.needs:
-            teacher_led = TopK(positions.logits_NK[:, :k], student_NM[:, : teacher_ids_NK.shape[1]])
-        if "lookups" in term.loss.needs:
-            student_led = TopK(self._ladder.logits_at(positions, chosen[-1]), student_NM[:, -chosen[-1].shape[1] :])
-        return term.loss.values(Targets(teacher_led, student_led), term.params).sum() * weight
+            student_ids_NK = student_top_k(head, hidden_ND, k)
+        chosen_NM = logits_at(head, hidden_ND, torch.cat([teacher_ids_NK, student_ids_NK], dim=1))
+        at_teacher_NK, at_student_NK = chosen_NM.tensor_split([teacher_ids_NK.shape[1]], dim=1)
+        targets = Targets(
+            teacher_led=TopK(positions.logits_NK[:, : teacher_ids_NK.shape[1]], at_teacher_NK),
+            student_led=TopK(self._ladder.logits_at(positions, student_ids_NK), at_student_NK),
+        )
+        return term.loss.values(targets, term.params).sum() * weight
 
     def _values_on_rows(self, term: Term, positions: TeacherPositions) -> Any:
         def values_of(student_CV: Tensor, chunk: slice) -> Tensor:

@@ -46,6 +46,8 @@ def remaining_shards(cache_dir: Path, plan: Plan) -> list[int]:
     except (FileNotFoundError, NotADirectoryError):
         if cache_dir.exists() and (not cache_dir.is_dir() or any(_foreign(cache_dir))):
             raise CacheMismatchError(f"{cache_dir} exists and holds no cache: give --out a new directory.") from None
+    if (cache_dir / MANIFEST_NAME).exists():
+        return []  # committed; its hidden states may have been deleted since
     return [shard for shard in range(plan.num_shards) if not _is_finished(cache_dir, shard)]
 
 
