@@ -2,7 +2,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv test test-slow lint bench demo clean
+.PHONY: venv test test-slow lint docs bench demo clean
 
 venv: .venv/installed
 
@@ -28,12 +28,15 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The pages made from the program itself; tests/test_docs.py fails while they differ from it
+docs: venv
+	$(BIN)/python docs/generate.py
+
 bench: venv
 	set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
-# `pipeline` and `python` in the script are those of .venv
 demo: venv
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+	$(BIN)/python examples/demo.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=VARIANTS)
     options = parser.parse_args()
     if options.variant:
-        print(json.dumps(measure(options.variant, options)))  # noqa: T201
+        print(json.dumps(measure(options.variant, options)))
         return
     results: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for _ in range(ROUNDS):
@@ -100,10 +100,11 @@ def main() -> None:
             results[name].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
     median = {name: statistics.median(r["seconds"] for r in rounds) for name, rounds in results.items()}
     extra = {name: statistics.median(r["extra_gb"] for r in rounds) for name, rounds in results.items()}
-    print(f"{options.positions} positions, V = {options.vocab}, d = {options.hidden}, {options.dtype}, medians of {ROUNDS}")  # noqa: T201
+    shape = f"{options.positions} positions, V = {options.vocab}, d = {options.hidden}, {options.dtype}"
+    print(f"{shape}, medians of {ROUNDS}")
     for name in VARIANTS:
-        print(f"{name:<6} {median[name]:>7.2f} s  {extra[name]:>6.2f} GB extra")  # noqa: T201
-    print(f"ours / bare {median['ours'] / median['bare']:.2f}, dense / ours {median['dense'] / median['ours']:.2f}")  # noqa: T201
+        print(f"{name:<6} {median[name]:>7.2f} s  {extra[name]:>6.2f} GB extra")
+    print(f"ours / bare {median['ours'] / median['bare']:.2f}, dense / ours {median['dense'] / median['ours']:.2f}")
 
 
 if __name__ == "__main__":

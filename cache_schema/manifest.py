@@ -17,6 +17,7 @@ from cache_schema.sequence import Positions
 from cache_schema.storage import publish_text
 
 FORMAT_VERSION = 1
+Dtype = Literal["float32", "bfloat16", "float16"]
 PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
 LM_HEAD_NAME = "lm_head.safetensors"
@@ -34,7 +35,7 @@ class TeacherIdentity(_Stored):
     """SHA-256 over the model's config and the bytes of its weight files."""
     architecture: str
     num_parameters: int
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Dtype
     """Compute dtype of body and LM head."""
 
 
@@ -78,7 +79,7 @@ class Engine(_Stored):
 
 
 class HiddenStates(_Stored):
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Dtype
     size: int
     """d, the width of the final-norm output."""
 

@@ -64,12 +64,14 @@ def report(summaries: dict[str, dict[str, Any]], teacher: Path, seconds: float) 
         line = f"{name:<8} {measured['overlap']['1']:>9.3f} {measured['overlap']['8']:>9.3f} {measured['kl']:>6.2f}"
         if summary:
             tiers = ", ".join(f"{tier} {count:,}" for tier, count in summary["lookups"].items() if count) or "none"
-            line += f" {summary['positions_per_second']:>11,.0f}  {tiers}; teacher forwards {summary['teacher_forwards']}"
+            line += (
+                f" {summary['positions_per_second']:>11,.0f}  {tiers}; teacher forwards {summary['teacher_forwards']}"
+            )
         print(line)
     print(f"\n{SAMPLE_PROMPT}")
     for name, model in [("teacher", str(teacher)), *((name, summary["model"]) for name, summary in summaries.items())]:
         print(f"  {name:<8} {answer(model)}")
-    print(f"\n{seconds / 60:.1f} minutes. The teacher ran over the data once; another student needs only `pipeline distill`.")
+    print(f"\n{seconds / 60:.1f} minutes. The teacher ran once; another student needs no teacher.")
 
 
 def answer(model_dir: str) -> str:
@@ -94,7 +96,7 @@ def pipeline(*arguments: object) -> None:
 def run(command: list[str]) -> None:
     print(f"\n$ {shlex.join(['python', *command[1:]])}", flush=True)
     if subprocess.run(command, check=False).returncode:
-        sys.exit(f"demo: stopped at the command above; run `make demo` again to go on from there")
+        sys.exit("demo: stopped at the command above; run `make demo` again to go on from there")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ from workers.errors import InputError
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def build_config(
-    model: type[Model], file: Path | None, settings: Sequence[str], flags: Mapping[str, Any]
-) -> Model:
+def build_config(model: type[Model], file: Path | None, settings: Sequence[str], flags: Mapping[str, Any]) -> Model:
     """Validate the merged keys, reporting every mistake at once.
 
     Args:

@@ -78,7 +78,9 @@ def describe(cache_dir: Path) -> dict[str, Any]:
 
 def in_words(cache_dir: Path, facts: dict[str, Any]) -> str:
     """The description a person reads."""
-    state = "finished" if facts["complete"] else f"NOT finished: {facts['finished_shards']} of {facts['num_shards']} shards"
+    state = (
+        "finished" if facts["complete"] else f"NOT finished: {facts['finished_shards']} of {facts['num_shards']} shards"
+    )
     wrote = "teacher-written" if facts["responses"] else "the data set's"
     lines = [
         f"{cache_dir}: {state}",

@@ -1,4 +1,4 @@
-"""A run's directory: what was asked (`config.toml`), what it was made of (`run.json`), and every step (`metrics.jsonl`).
+"""A run's directory: what was asked (`config.toml`), what it is made of (`run.json`), every step (`metrics.jsonl`).
 
 ``run.json`` is written before the first step and again, with the summary, after the last: a run is finished when
 its summary is there. Metrics are flushed step by step; resuming drops those after the checkpoint it goes on from.

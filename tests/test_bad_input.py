@@ -250,9 +250,7 @@ def test_a_loss_that_looks_outside_a_cache_without_hidden_states(
 def test_a_live_teacher_that_is_not_the_caches(teacher_dir: Path, data_file: Path, tmp_path: Path) -> None:
     bare = dump(teacher_dir, data_file, tmp_path / "bare", "--no-hidden-states", "--limit", "4")
     other = save_tiny_llama(tmp_path / "other", tiny_tokenizer(), seed=5)
-    refused(
-        *distill(bare, teacher_dir, "--teacher", other), out=tmp_path / "run", says="is not the teacher of"
-    )
+    refused(*distill(bare, teacher_dir, "--teacher", other), out=tmp_path / "run", says="is not the teacher of")
 
 
 def test_an_lm_head_of_another_teacher(cache_dir: Path, teacher_dir: Path, tmp_path: Path) -> None:

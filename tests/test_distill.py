@@ -124,9 +124,7 @@ def test_the_grid_moves_the_loss_by_no_more_than_its_rounding(
     assert grid == pytest.approx(exact, rel=0.1)
 
 
-def test_micro_batch_size_changes_memory_not_the_training(
-    cache_dir: Path, teacher_dir: Path, tmp_path: Path
-) -> None:
+def test_micro_batch_size_changes_memory_not_the_training(cache_dir: Path, teacher_dir: Path, tmp_path: Path) -> None:
     for size in (1, 6):
         distill(cache_dir, teacher_dir, tmp_path / f"{size}", "--set", f"micro_batch_sequences={size}")
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "6"), rel=1e-3)
@@ -154,9 +152,7 @@ def test_bf16_trains_float32_weights_under_autocast(cache_dir: Path, teacher_dir
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "bf16" / "model").dtype == torch.float32
 
 
-def test_a_prompt_loss_trains_the_prompts_positions_too(
-    exact_cache: Path, teacher_dir: Path, tmp_path: Path
-) -> None:
+def test_a_prompt_loss_trains_the_prompts_positions_too(exact_cache: Path, teacher_dir: Path, tmp_path: Path) -> None:
     with_prompt = distill(
         exact_cache, teacher_dir, tmp_path / "prompt", "--prompt-loss", "kl", "--set", "prompt_loss.temperature=1.0"
     )

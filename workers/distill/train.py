@@ -85,7 +85,8 @@ class Training:
     def _backward(self, batch: Batch, counts: dict[Part, int]) -> Tensor:
         loss, shares = self.student(batch, counts)
         loss.backward()
-        return shares
+        detached: Tensor = shares
+        return detached
 
     def _update(self, step: int) -> tuple[float, float]:
         parameters = [parameter for parameter in self.student.parameters() if parameter.grad is not None]

@@ -88,7 +88,8 @@ def _summarise(
 ) -> dict[str, Any]:
     micro = columns.mean(0).tolist()
     lengths = [length for length in sequence_lengths if length]
-    macro = torch.stack([part.mean(0) for part in columns.split(lengths)]).mean(0).tolist()
+    sequences = torch.split(columns, lengths)
+    macro = torch.stack([part.mean(0) for part in sequences]).mean(0).tolist()
     overlap: dict[str, float | None] = {str(k): None for k in OVERLAP_KS}
     overlap_macro = dict(overlap)
     for place, k in enumerate(overlap_ks):

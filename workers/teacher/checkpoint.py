@@ -3,12 +3,12 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from cache_schema.manifest import TeacherIdentity
+from cache_schema.manifest import Dtype, TeacherIdentity
 from cache_schema.storage import sha256_of
 from workers.errors import InputError
 
@@ -45,8 +45,8 @@ def identity_of(model: str, dtype: str | None) -> TeacherIdentity:
     directory = model_directory(model)
     config = read_config(directory)
     dtype = dtype or config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"teacher.dtype={dtype}: choose float32, bfloat16 or float16.")
+    if dtype not in get_args(Dtype):
+        raise InputError(f"teacher.dtype={dtype}: choose one of {', '.join(get_args(Dtype))}.")
     digest = hashlib.sha256()
     kept = {key: value for key, value in config.items() if key not in _INCIDENTAL_KEYS}
     digest.update(json.dumps(kept, sort_keys=True).encode())
@@ -59,7 +59,7 @@ def identity_of(model: str, dtype: str | None) -> TeacherIdentity:
         fingerprint=digest.hexdigest(),
         architecture=(config.get("architectures") or ["unknown"])[0],
         num_parameters=num_parameters,
-        dtype=dtype,
+        dtype=cast(Dtype, dtype),
     )
 
 
@@ -72,7 +72,7 @@ def load_model(model: str, dtype: torch.dtype, **config_changes: Any) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     directory = model_directory(model)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -81,7 +81,7 @@ def load_model(model: str, dtype: torch.dtype, **config_changes: Any) -> Any:
     except Exception as error:  # transformers and safetensors raise a dozen types for a bad folder
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{model} does not load as a causal language model: {reason}") from error
-    return loaded.eval()
+    return loaded.eval()  # type: ignore[no-untyped-call]
 
 
 def require_vocabulary(model: Any, vocab_size: int) -> None:
@@ -90,12 +90,13 @@ def require_vocabulary(model: Any, vocab_size: int) -> None:
     Raises:
         InputError: says how many there are.
     """
-    for what, module in (("input embeddings", model.get_input_embeddings()), ("LM head", model.get_output_embeddings())):
-        if module is None or module.weight.shape[0] < vocab_size:
-            rows = 0 if module is None else module.weight.shape[0]
+    embeddings = {"input embeddings": model.get_input_embeddings(), "LM head": model.get_output_embeddings()}
+    for what, module in embeddings.items():
+        rows = 0 if module is None else module.weight.shape[0]
+        if rows < vocab_size:
             raise InputError(
-                f"{type(model).__name__}: its {what} has {rows:,} rows, the tokenizer {vocab_size:,} ids: give a causal "
-                f"language model with this tokenizer's vocabulary."
+                f"{type(model).__name__}: its {what} has {rows:,} rows, the tokenizer {vocab_size:,} ids: give a "
+                f"causal language model with this tokenizer's vocabulary."
             )
 
 

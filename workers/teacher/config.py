@@ -4,9 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cache_schema.manifest import Dtype
 from cache_schema.sequence import Positions
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class _Section(BaseModel):

@@ -181,4 +181,3 @@ def _is_finished(cache_dir: Path, shard: int) -> bool:
 def _foreign(cache_dir: Path) -> Iterator[Path]:
     """What does not look like the leftovers of a dump killed before its plan was written."""
     return (path for path in cache_dir.iterdir() if path.name != f".{PLAN_NAME}.tmp")
-

@@ -102,4 +102,3 @@ class TransformersTeacher:
             f"{self._name}: the teacher's hidden states hold NaN or infinity at {where}: {cause}. "
             f"Repair the checkpoint, or give another --dtype."
         )
-
