@@ -51,6 +51,9 @@ class DatasetIdentity(_Stored):
     name: str
     sha256: str
     """Over the rows that were read, in order."""
+    sequences_sha256: str
+    """Over the ids of the sequences, in order: the tokens and masks made of those rows. A chat template that prints
+    today's date, say, makes other tokens of the same rows tomorrow."""
     num_rows: int
     num_duplicates: int
     """Rows whose ids and mask another row already had; stored once."""

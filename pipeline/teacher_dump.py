@@ -1,5 +1,6 @@
 """``pipeline teacher-dump``: from a data set and a teacher to a finished cache."""
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from workers.tokenizers import chat_template_fingerprint, load_tokenizer, tokeni
 # Bytes an id and a logit take together in a shard, measured on instruction text; for the size said before the dump.
 _BYTES_PER_ENTRY = 2.4
 _SCALARS = 5
-_DEFAULT_MAX_TOKENS = 1024
+_DEFAULT_MAX_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
         dataset=DatasetIdentity(
             name=data.name,
             sha256=data.sha256,
+            sequences_sha256=_sha256_of_ids(data.sequences),
             num_rows=data.num_rows,
             num_duplicates=data.num_duplicates,
             num_truncated=data.num_truncated,
@@ -136,7 +138,7 @@ def expected_size(prepared: Prepared) -> dict[str, Any]:
 
 
 def _max_tokens(config: DumpConfig, model_config: dict[str, Any]) -> int:
-    """The longest sequence: as asked, or 1,024, or what the teacher's positions cover if that is less."""
+    """The longest sequence: as asked, or 2,048, or what the teacher's positions cover if that is less."""
     asked, context = config.data.max_tokens, model_config.get("max_position_embeddings")
     if asked is None:
         return min(_DEFAULT_MAX_TOKENS, context or _DEFAULT_MAX_TOKENS)
@@ -160,6 +162,13 @@ def _read(config: DumpConfig, tokenizer: Any, max_tokens: int) -> TokenizedData:
             split=config.data.split,
             progress=progress,
         )
+
+
+def _sha256_of_ids(sequences: list[TokenSequence]) -> str:
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        digest.update(sequence.sequence_id)
+    return digest.hexdigest()
 
 
 def _generation(config: DumpConfig) -> Generation | None:

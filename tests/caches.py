@@ -50,6 +50,7 @@ def make_plan(
         dataset=DatasetIdentity(
             name="rows.jsonl",
             sha256="c" * 64,
+            sequences_sha256="d" * 64,
             num_rows=num_sequences,
             num_duplicates=0,
             num_truncated=0,

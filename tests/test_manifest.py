@@ -34,6 +34,7 @@ PLAN_JSON = """{
   "dataset": {
     "name": "rows.jsonl",
     "sha256": "cccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccccc",
+    "sequences_sha256": "dddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddddd",
     "num_rows": 7,
     "num_duplicates": 0,
     "num_truncated": 0,

@@ -26,7 +26,7 @@ class DataConfig(_Section):
     limit: int | None = Field(None, ge=1)
     """Read this many rows at most."""
     max_tokens: int | None = Field(None, ge=2)
-    """Longest sequence, prompt and response together; None is 1,024, or the teacher's context if that is shorter."""
+    """Longest sequence, prompt and response together; None is 2,048, or the teacher's context if that is shorter."""
 
 
 class CacheConfig(_Section):
