@@ -33,7 +33,7 @@ docs: venv
 	$(BIN)/python docs/generate.py
 
 bench: venv
-	set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py); done
 
 demo: venv
 	$(BIN)/python examples/demo.py
