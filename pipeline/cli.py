@@ -20,7 +20,9 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of the keys.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", help="One key, for instance --set optimizer.lr=1e-4.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One key, for instance --set optimizer.lr=1e-4.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default an accelerator if there is one.")]
 CacheDir = Annotated[Path, typer.Argument(help="A cache directory.", show_default=False)]

@@ -5,6 +5,7 @@ from typing import Any
 
 from cache_schema.errors import CacheIncompleteError
 from cache_schema.manifest import (
+    LM_HEAD_NAME,
     MANIFEST_NAME,
     PLAN_NAME,
     Plan,
@@ -38,6 +39,7 @@ def describe(cache_dir: Path) -> dict[str, Any]:
                 receipts.append(read_json(cache_dir / receipt_name(shard), Receipt))
     num_positions = sum(receipt.num_positions for receipt in receipts)
     hidden_files = [cache_dir / hidden_name(receipt.shard) for receipt in receipts]
+    head_files = [cache_dir / LM_HEAD_NAME] if complete else []
     hidden_bytes = sum(path.stat().st_size for path in hidden_files if path.exists())
 
     def per_position(num_bytes: int) -> float | None:
@@ -59,7 +61,7 @@ def describe(cache_dir: Path) -> dict[str, Any]:
         "bytes_per_position": per_position(sum(receipt.logits_bytes for receipt in receipts)),
         "scalar_bytes_per_position": per_position(sum(receipt.scalar_bytes for receipt in receipts)),
         "hidden_bytes_per_position": per_position(hidden_bytes),
-        "hidden_states": bool(hidden_files) and all(path.exists() for path in hidden_files),
+        "hidden_states": bool(hidden_files) and all(path.exists() for path in [*head_files, *hidden_files]),
         "max_logit_error": plan.logit_step / 2,
         "temperatures": list(plan.temperatures),
         "teacher": {

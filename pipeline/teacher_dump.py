@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import safetensors
 import torch
 
 from cache_schema.manifest import (
@@ -189,5 +191,10 @@ def _engine(config: DumpConfig, device: torch.device, cache_dir: Path) -> Engine
         device=device_name(device),
         num_threads=num_threads,
         tokens_per_batch=config.engine.tokens_per_batch,
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        versions={
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "pyarrow": pyarrow.__version__,
+            "safetensors": safetensors.__version__,
+        },
     )

@@ -1,5 +1,6 @@
 """What a distillation run can be told. The cache says the rest: tokens, teacher, vocabulary, k stored."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -32,13 +33,10 @@ class LossConfig(BaseModel):
                 value = float(value)
             if type(value) is not expected:
                 raise ValueError(f"loss.{key}={value!r} must be of type {expected.__name__}")
-            if value < parameters[key].minimum:
-                raise ValueError(f"loss.{key}={value} is below {parameters[key].minimum}")
-        if self.name in ("bild", "t_ld", "s_ld") and self.parameters["k"] < 3:
-            raise ValueError(
-                f"loss.k={self.parameters['k']}: {self.name} compares pairs of logits and is identically zero below "
-                f"k = 3; use 8"
-            )
+            if not parameters[key].minimum <= value < math.inf:
+                raise ValueError(
+                    f"loss.{key}={value}: give at least {parameters[key].minimum:g}: {parameters[key].meaning}"
+                )
         return self
 
     @property
@@ -51,12 +49,16 @@ class LossConfig(BaseModel):
 class OptimizerConfig(_Section):
     """AdamW with linear warm-up and cosine decay to zero."""
 
-    lr: float = Field(2e-5, gt=0)
+    lr: float = Field(2e-5, gt=0, allow_inf_nan=False)
+    """Highest learning rate, reached after the warm-up."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    weight_decay: float = Field(1e-4, ge=0)
+    """AdamW's decay rates of the first and second moment."""
+    weight_decay: float = Field(1e-4, ge=0, allow_inf_nan=False)
+    """AdamW's, on every weight."""
     warmup: float = Field(0.1, ge=0, le=1)
     """Share of the steps over which the learning rate rises to ``lr``."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Gradients are scaled down to this L2 norm."""
 
 
 class DistillConfig(_Section):
@@ -77,8 +79,11 @@ class DistillConfig(_Section):
     """bfloat16 is autocast over float32 weights."""
     device: str = "auto"
     sequences_per_step: int = Field(8, ge=1)
+    """Sequences of one optimizer step."""
     micro_batch_sequences: int = Field(4, ge=1)
+    """Sequences the student reads at once; changes memory, not the training."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward instead of keeping them."""
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint_every: int = Field(100, ge=1)
     """Steps between checkpoints; a killed run loses fewer than this."""

@@ -90,7 +90,7 @@ def _sft(targets: Targets, params: Params) -> Tensor:
 _TEMPERATURE_3 = Parameter(3.0, 1e-3, "divides the logits of both models")
 _TEMPERATURE_1 = Parameter(1.0, 1e-3, "divides the logits of both models")
 _T2 = Parameter(False, 0, "multiply by temperature squared, to keep gradients of one size over temperatures")
-_K_8 = Parameter(8, 1, "leading ids compared; 3 at least, below that the loss is identically zero")
+_K_8 = Parameter(8, 3, "leading ids compared; the loss is identically zero below k = 3")
 _K_1024 = Parameter(1024, 1, "leading ids compared; as many as the cache stores where it stores fewer")
 _THESIS = "BiLD thesis"
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from cache_schema.manifest import Dtype
 from cache_schema.sequence import Positions
@@ -23,6 +23,7 @@ class DataConfig(_Section):
     path: str
     """JSONL or Parquet, a saved dataset folder, or a dataset's hub name."""
     split: str | None = None
+    """Which split of a dataset that has several; None is ``train``."""
     limit: int | None = Field(None, ge=1)
     """Read this many rows at most."""
     max_tokens: int | None = Field(None, ge=2)
@@ -33,24 +34,36 @@ class CacheConfig(_Section):
     top_k: int = Field(64, ge=1)
     positions: Positions = "response"
     hidden_states: bool = True
-    logit_step: float = Field(1 / 64, ge=0)
-    """Grid of the stored logits in nats; 0 stores float32."""
-    temperatures: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 3.0)
+    logit_step: float = Field(1 / 64, ge=0, le=1, allow_inf_nan=False)
+    """Grid of the stored logits in nats, 1/4096 at least; 0 stores float32."""
+    temperatures: tuple[Annotated[float, Field(ge=0.01, allow_inf_nan=False)], ...] = Field((1.0, 3.0), min_length=1)
     """Where the tail's log-sum-exp is stored."""
     sequences_per_shard: int = Field(512, ge=1)
+    """A killed dump scores at most this many sequences again."""
+
+    @field_validator("logit_step")
+    @classmethod
+    def _coarser_than_float32(cls, step: float) -> float:
+        if 0 < step < 1 / 4096:
+            raise ValueError(f"a step of {step:g} is finer than float32 keeps large logits: give 0 to store float32")
+        return step
 
 
 class ResponsesConfig(_Section):
     source: Literal["dataset", "teacher"] = "dataset"
     max_new_tokens: int = Field(256, ge=1)
+    """Longest response the teacher writes; one that reaches it has no EOS."""
     temperature: float = Field(0.0, ge=0)
     """0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with this much probability."""
     seed: int = Field(0, ge=0)
+    """Of the sampling."""
 
 
 class EngineConfig(_Section):
     name: Literal["transformers"] = "transformers"
+    """What runs the teacher's body."""
     device: str = "auto"
     tokens_per_batch: int = Field(4096, ge=1)
     """Padded tokens the teacher reads at once."""

@@ -161,6 +161,7 @@ def save_head(head: LMHead, path: Path) -> None:
     metadata = {"head": json.dumps({"scale": head.scale, "softcap": head.softcap})}
     with publish(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+        temporary.chmod(0o644)  # safetensors keeps files to their owner; a cache is shared
 
 
 def load_head(path: Path, device: torch.device) -> LMHead:

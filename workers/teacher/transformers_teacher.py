@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from cache_schema.manifest import Engine, Generation, TeacherIdentity
 from cache_schema.sequence import Positions, TokenSequence
@@ -35,6 +36,8 @@ class TransformersTeacher:
         self._model = load_model(model, getattr(torch, identity.dtype)).to(device).requires_grad_(False)
         require_vocabulary(self._model, vocab_size)
         self.lm_head = head_of(self._model, vocab_size)
+        # generation_config.json is no part of the teacher's identity, so nothing in it may decide a response.
+        self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         probe = torch.arange(min(8, vocab_size), device=device)[None]
         hidden_ND = self._body(probe)[0]
         if not bool(torch.isfinite(hidden_ND).all()):
@@ -74,8 +77,6 @@ class TransformersTeacher:
                 max_new_tokens=generation.max_new_tokens,
                 eos_token_id=self._eos_token_id,
                 pad_token_id=self._eos_token_id,
-                # The distribution to imitate is the plain one: no repetition penalty from a generation_config.
-                repetition_penalty=1.0,
                 **choice,
             )
         responses = written[:, longest:].cpu().numpy().astype(np.int32)
