@@ -19,10 +19,11 @@ SAMPLE_PROMPT = "Name three things you would find in a kitchen."
 DUMP = [
     "--responses", "teacher", "--set", "responses.max_new_tokens=64", "--set", "data.max_tokens=256",
 ]  # fmt: skip
+# A student cut from its teacher starts broken, and the number of updates mends it more than their size.
 TRAIN = [
-    "--student-layers", STUDENT_LAYERS, "--steps", "45", "--dtype", "float32", "--set", "sequences_per_step=16",
-    "--set", "micro_batch_sequences=8", "--set", "optimizer.lr=1e-3",
+    "--student-layers", STUDENT_LAYERS, "--steps", "180", "--set", "sequences_per_step=4", "--set", "optimizer.lr=7e-4",
 ]  # fmt: skip
+# The thesis trains the prompt with KL at T = 1 and the response with BiLD at T = 3.
 RUNS = {
     "BiLD": ["--loss", "bild", "--prompt-loss", "kl", "--set", "prompt_loss.temperature=1.0"],
     "SFT": ["--loss", "sft"],
@@ -49,11 +50,18 @@ def distill(name: str, options: list[str], teacher: Path, train: Path, held_out:
     out = folder / "runs" / name.lower()
     resume = ["--resume"] if (out / "run.json").exists() else []
     pipeline(
-        "distill", "--cache", train, "--student", teacher, "--eval-cache", held_out, "--out", out, *TRAIN, *options,
-        *resume,
+        "distill", "--cache", train, "--student", teacher, "--eval-cache", held_out, "--out", out, "--dtype", dtype(),
+        *TRAIN, *options, *resume,
     )  # fmt: skip
     summary: dict[str, Any] = json.loads((out / "run.json").read_text(encoding="utf-8"))["summary"]
     return summary
+
+
+def dtype() -> str:
+    """bfloat16 where the processor multiplies it in hardware, which halves the time; float32 elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
 def report(summaries: dict[str, dict[str, Any]], teacher: Path, seconds: float) -> None:
