@@ -5,6 +5,7 @@ that dies at any instant leaves either no file or the whole file under the final
 temporary name (``.NAME.tmp``) is overwritten by the next attempt.
 """
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -55,6 +56,24 @@ def publish_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock on an existing file, so that one process at a time writes beside it; a killed holder lets go.
+
+    Raises:
+        StorageError: another process holds it.
+    """
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(
+                f"{path.parent} is being written by another process: wait until it has ended, or give --out another "
+                f"directory."
+            ) from None
+        yield
 
 
 def publish_text(path: Path, text: str) -> None:

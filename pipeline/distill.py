@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from cache_schema.reader import CacheReader
-from cache_schema.storage import publish_directory
+from cache_schema.storage import exclusive, publish_directory
 from pipeline.progress import progress_bar
 from pipeline.run_record import RunRecord
 from workers.device import device_name, resolve_device
@@ -42,11 +42,12 @@ def run(config: DistillConfig, run_dir: Path, *, resume: bool) -> dict[str, Any]
     training = prepare(config, run_dir, device)
     before = _evaluate(training, eval_reader) if training.first_step == 0 else record.eval_before()
     record.begin(config.model_dump(mode="json"), made_of, before)
-    _train(training, record, eval_reader)
-    after = _evaluate(training, eval_reader)
-    _save_model(training, record)
-    summary = record.finish({"peak_memory_bytes": _peak_memory_bytes(device), "eval_before": before, "eval": after})
-    shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+    with exclusive(record.config_path):
+        _train(training, record, eval_reader)
+        after = _evaluate(training, eval_reader)
+        _save_model(training, record)
+        summary = record.finish({"peak_memory_bytes": _peak_memory_bytes(device), "eval_before": before, "eval": after})
+        shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
     return summary
 
 

@@ -31,6 +31,10 @@ class RunRecord:
     def model_dir(self) -> Path:
         return self.run_dir / MODEL_NAME
 
+    @property
+    def config_path(self) -> Path:
+        return self.run_dir / CONFIG_NAME
+
     def find(self, config: dict[str, Any], made_of: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
         """Look at the directory before anything is loaded; the summary, if this very run is finished in it.
 
@@ -54,7 +58,7 @@ class RunRecord:
     def begin(self, config: dict[str, Any], made_of: dict[str, Any], eval_before: dict[str, Any] | None) -> None:
         """Write what the run is, before its first step; a run that goes on keeps what it has."""
         if not (self.run_dir / RUN_NAME).exists():
-            publish_text(self.run_dir / CONFIG_NAME, tomli_w.dumps(_without_none(config)))
+            publish_text(self.config_path, tomli_w.dumps(_without_none(config)))
             self._write({"config": config, **made_of, "eval_before": eval_before, "summary": None})
 
     def eval_before(self) -> dict[str, Any] | None:

@@ -27,7 +27,7 @@ from cache_schema.manifest import (
     write_json,
 )
 from cache_schema.sequence import ScoredSequence, TokenSequence, TopKRows
-from cache_schema.storage import publish_directory
+from cache_schema.storage import exclusive, publish_directory
 from cache_schema.writer import ShardWriter, stored_file
 from workers.teacher.lm_head import LMHead, save_head, score
 from workers.teacher.teacher import Teacher
@@ -65,18 +65,20 @@ def dump(
         sequences: in data set order; prompts alone where the plan lets the teacher respond.
         progress: called with (sequences done, of sequences); finished shards count as done.
     """
-    remaining = remaining_shards(cache_dir, plan)
+    remaining_shards(cache_dir, plan)  # refuses another plan's directory before anything is written
     if not (cache_dir / PLAN_NAME).exists():
         write_json(cache_dir / PLAN_NAME, plan)
-    num_done = len(sequences) - sum(len(plan.shard_range(shard)) for shard in remaining)
-    for shard in remaining:
-        with ShardWriter(cache_dir, plan, shard) as writer:
-            for scored in _score_shard(plan, shard, sequences, teacher):
-                writer.append(scored)
-                num_done += 1
-                if progress:
-                    progress(num_done, len(sequences))
-    return commit_cache(cache_dir, plan, teacher.lm_head, tokenizer)
+    with exclusive(cache_dir / PLAN_NAME):
+        remaining = remaining_shards(cache_dir, plan)
+        num_done = len(sequences) - sum(len(plan.shard_range(shard)) for shard in remaining)
+        for shard in remaining:
+            with ShardWriter(cache_dir, plan, shard) as writer:
+                for scored in _score_shard(plan, shard, sequences, teacher):
+                    writer.append(scored)
+                    num_done += 1
+                    if progress:
+                        progress(num_done, len(sequences))
+        return commit_cache(cache_dir, plan, teacher.lm_head, tokenizer)
 
 
 def commit_cache(cache_dir: Path, plan: Plan, head: LMHead, tokenizer: Any) -> Manifest:
