@@ -19,6 +19,8 @@ app = typer.Typer(
     help="Run the teacher once, distill as many students as you like from disk.",
 )
 
+_INTERRUPTED = 130  # what typer exits with on Ctrl-C: 128 + SIGINT
+
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of the keys.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One key, for instance --set optimizer.lr=1e-4.")
@@ -143,7 +145,7 @@ def distill(
     Example: pipeline distill --cache caches/train --student ./teacher --student-layers 0,9,19,29 --out runs/bild
     """
     from pipeline.config import build_config
-    from pipeline.distill import check, expected_work, run
+    from pipeline.distill import check_all, expected_work, run
     from pipeline.words import run_in_words, work_in_words
     from workers.distill.config import DistillConfig
 
@@ -161,10 +163,12 @@ def distill(
         "device": device,
         "eval_cache": eval_cache,
     }
-    settled = build_config(DistillConfig, config, settings or [], flags)
     run_dir = _required(out, "--out", "the run directory to make")
+    if resume and config is None and cache is None and (run_dir / "config.toml").exists():
+        config = run_dir / "config.toml"  # --resume --out RUN goes on with what the run was started with
+    settled = build_config(DistillConfig, config, settings or [], flags)
     if dry_run:
-        work = expected_work(settled, check(settled))
+        work = expected_work(settled, check_all(settled)[0])
         _print(work, json_output, lambda: work_in_words(work))
         return
     summary = run(settled, run_dir, resume=resume)
@@ -202,6 +206,10 @@ def main() -> None:
             raise
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            typer.echo("interrupted; finished work is kept: run it again to go on (distill: with --resume)", err=True)
+        raise
 
 
 def _print(result: dict[str, Any], as_json: bool, words: Callable[[], str]) -> None:

@@ -1,8 +1,8 @@
 """``pipeline distill``: one student's run, from the checks to the summary."""
 
-import json
 import resource
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from workers.device import device_name, resolve_device
 from workers.distill.checkpoint import FOLDER, save_checkpoint
 from workers.distill.config import DistillConfig
 from workers.distill.order import steps_per_epoch
-from workers.distill.train import Training, check_needs, prepare
+from workers.distill.train import Training, check, num_steps_of, prepare
 from workers.errors import InputError
 from workers.evaluate.overlap import evaluate_on_cache
 from workers.teacher.checkpoint import identity_of
-from workers.tokenizers import check_same_vocabulary, load_tokenizer
+from workers.tokenizers import load_tokenizer
 
 
 def run(config: DistillConfig, run_dir: Path, *, resume: bool) -> dict[str, Any]:
@@ -32,17 +32,18 @@ def run(config: DistillConfig, run_dir: Path, *, resume: bool) -> dict[str, Any]
         InputError, CacheError: something does not fit; see ``workers.distill.train.prepare``.
     """
     record = RunRecord(run_dir)
-    reader = check(config)
-    eval_reader = _eval_reader(config, reader)
-    device = resolve_device(config.device)
-    made_of = _made_of(config, reader, device)
-    finished = record.find(config.model_dump(mode="json"), made_of, resume=resume)
-    if finished is not None:
-        return finished
-    training = prepare(config, run_dir, device)
-    before = _evaluate(training, eval_reader) if training.first_step == 0 else record.eval_before()
-    record.begin(config.model_dump(mode="json"), made_of, before)
-    with exclusive(record.config_path):
+    reader, eval_reader, device = check_all(config)
+    made_of = _made_of(config, reader, eval_reader, device)
+    asked = config.model_dump(mode="json")
+    record.find(asked, made_of, resume=resume)  # refuses another run's directory before anything is made
+    with exclusive(run_dir):
+        finished = record.find(asked, made_of, resume=resume)
+        if finished is not None:
+            shutil.rmtree(run_dir / FOLDER, ignore_errors=True)  # where a kill came between the summary and this
+            return finished
+        training = prepare(config, reader, run_dir, device)
+        before = _evaluate(training, eval_reader) if training.first_step == 0 else record.eval_before()
+        record.begin(asked, made_of, before)
         _train(training, record, eval_reader)
         after = _evaluate(training, eval_reader)
         _save_model(training, record)
@@ -51,24 +52,22 @@ def run(config: DistillConfig, run_dir: Path, *, resume: bool) -> dict[str, Any]
     return summary
 
 
-def check(config: DistillConfig) -> CacheReader:
-    """Open the cache and refuse, from files alone, what cannot be trained from it."""
-    reader = CacheReader(config.cache)
-    check_needs(config, reader)
-    check_same_vocabulary(load_tokenizer(str(reader.tokenizer_dir)), load_tokenizer(config.student))
-    return reader
+def check_all(config: DistillConfig) -> tuple[CacheReader, CacheReader | None, torch.device]:
+    """Open the caches and find the device, refusing from files alone what cannot be trained."""
+    reader = check(config)
+    return reader, _eval_reader(config, reader), resolve_device(config.device)
 
 
 def expected_work(config: DistillConfig, reader: CacheReader) -> dict[str, Any]:
     """What a run would do, for ``--dry-run``."""
     per_epoch = steps_per_epoch(len(reader), config.sequences_per_step)
-    num_steps = config.steps or config.epochs * per_epoch
+    num_steps = num_steps_of(config, reader)
     return {
         "steps": num_steps,
         "epochs": num_steps / per_epoch,
         "sequences_in_cache": len(reader),
         "positions_in_cache": reader.manifest.num_positions,
-        "loss": {"name": config.loss.name, **config.loss.parameters},
+        "loss": {"name": config.loss.name, **config.loss.parameters(reader.plan.top_k)},
         "lookups_from": "hidden" if reader.has_hidden_states else "live" if config.teacher else "cached",
     }
 
@@ -80,10 +79,9 @@ def _train(training: Training, record: RunRecord, eval_reader: CacheReader | Non
             done = step["step"]
             if eval_reader and config.eval_every and done % config.eval_every == 0 and done < training.num_steps:
                 step["eval"] = _evaluate(training, eval_reader)
-            metrics.write(json.dumps(step) + "\n")
-            metrics.flush()
+            record.append(metrics, step)
             if done % config.checkpoint_every == 0 or done == training.num_steps:
-                save_checkpoint(record.run_dir, done, training.student, training.optimizer, training.scheduler)
+                save_checkpoint(record.run_dir, done, training.student, training.optimizer)
             progress(done, training.num_steps)
 
 
@@ -108,14 +106,23 @@ def _evaluate(training: Training, eval_reader: CacheReader | None) -> dict[str, 
     return measured
 
 
-def _made_of(config: DistillConfig, reader: CacheReader, device: torch.device) -> dict[str, Any]:
+def _made_of(
+    config: DistillConfig, reader: CacheReader, eval_reader: CacheReader | None, device: torch.device
+) -> dict[str, Any]:
+    """What the config names by path, by content; and what it ran on."""
     import transformers
 
     return {
         "manifest_sha256": reader.manifest_sha256,
+        "eval_manifest_sha256": eval_reader.manifest_sha256 if eval_reader else None,
         "student_fingerprint": identity_of(config.student, None).fingerprint,
+        "loss_parameters": config.loss.parameters(reader.plan.top_k),
         "device": device_name(device),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "logit-cache": version("logit-cache"),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
 
 
@@ -124,14 +131,16 @@ def _save_model(training: Training, record: RunRecord) -> None:
     if record.model_dir.exists():
         return
     model = training.student.model
-    end = load_tokenizer(str(training.reader.tokenizer_dir)).eos_token_id
-    if end is not None and model.generation_config is not None:
-        # It was trained to end with the cache's EOS, which need not be the base model's.
-        model.generation_config.eos_token_id = end
+    tokenizer_dir, responses = training.reader.tokenizer_dir, training.reader.plan.responses
+    ends = responses.end_token_ids if responses else (load_tokenizer(str(tokenizer_dir)).eos_token_id,)
+    if model.generation_config is not None:
+        # It was trained to end as the teacher does, which need not be how the base model did.
+        known = model.generation_config.eos_token_id
+        known = known if isinstance(known, list) else [known]
+        model.generation_config.eos_token_id = sorted({end for end in (*ends, *known) if end is not None}) or None
     with publish_directory(record.model_dir) as temporary:
         model.save_pretrained(temporary)
-        for file in training.reader.tokenizer_dir.iterdir():
-            shutil.copyfile(file, temporary / file.name)
+        shutil.copytree(tokenizer_dir, temporary, dirs_exist_ok=True)
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

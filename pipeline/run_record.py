@@ -6,12 +6,13 @@ its summary is there. Metrics are flushed step by step; resuming drops those aft
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import tomli_w
 
-from cache_schema.storage import publish, publish_text
+from cache_schema.storage import publish, publish_text, refused
 from workers.errors import InputError
 from workers.lookup.ladder import TIERS
 
@@ -19,6 +20,10 @@ RUN_NAME = "run.json"
 CONFIG_NAME = "config.toml"
 METRICS_NAME = "metrics.jsonl"
 MODEL_NAME = "model"
+# Paths, which the fingerprints beside them say better, and what changes nothing of the training.
+_NOT_COMPARED = {
+    "cache", "eval_cache", "student", "teacher", "device", "versions", "checkpoint_every", "eval_every"
+}  # fmt: skip
 
 
 class RunRecord:
@@ -43,7 +48,7 @@ class RunRecord:
         """
         path = self.run_dir / RUN_NAME
         if not path.exists():
-            if self.run_dir.exists() and (not self.run_dir.is_dir() or any(self.run_dir.iterdir())):
+            if self.run_dir.exists() and (not self.run_dir.is_dir() or any(_foreign(self.run_dir))):
                 raise InputError(f"{self.run_dir} exists and holds no run: give --out a new directory.")
             return None
         if not resume:
@@ -53,13 +58,18 @@ class RunRecord:
         stored = _read(path)
         self._require_same(stored, config, made_of)
         summary: dict[str, Any] | None = stored["summary"]
+        if summary is not None and not self.model_dir.exists():
+            raise InputError(
+                f"{self.run_dir} is finished, but its {MODEL_NAME}/ is gone: restore it, or give another --out."
+            )
         return summary
 
     def begin(self, config: dict[str, Any], made_of: dict[str, Any], eval_before: dict[str, Any] | None) -> None:
         """Write what the run is, before its first step; a run that goes on keeps what it has."""
         if not (self.run_dir / RUN_NAME).exists():
-            publish_text(self.config_path, tomli_w.dumps(_without_none(config)))
             self._write({"config": config, **made_of, "eval_before": eval_before, "summary": None})
+        if not self.config_path.exists():
+            publish_text(self.config_path, tomli_w.dumps(_without_none(config)))
 
     def eval_before(self) -> dict[str, Any] | None:
         """The evaluation before the first step, if there was one."""
@@ -70,9 +80,26 @@ class RunRecord:
         """Metrics file to append to, holding the records of the first ``first_step`` steps alone."""
         path = self.run_dir / METRICS_NAME
         kept = [record for record in self.metrics() if record["step"] <= first_step]
+        if len(kept) != first_step:
+            raise InputError(
+                f"{path} holds {len(kept)} of the {first_step} steps before the checkpoint: restore it, or delete "
+                f"{self.run_dir / 'checkpoints'} to begin again."
+            )
         with publish(path) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         return path.open("a", encoding="utf-8")
+
+    def append(self, metrics: IO[str], step: dict[str, Any]) -> None:
+        """Write a step's record through to the file.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        try:
+            metrics.write(json.dumps(step) + "\n")
+            metrics.flush()
+        except OSError as error:
+            raise refused(self.run_dir / METRICS_NAME, error) from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """Records of the steps done; a last line torn by a kill is left out."""
@@ -80,7 +107,10 @@ class RunRecord:
         if not path.exists():
             return []
         lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        try:
+            return [json.loads(line) for line in lines[:-1]]
+        except ValueError as error:
+            raise InputError(f"{path} is damaged: {error}. Restore it, or train again in another --out.") from None
 
     def finish(self, extra: dict[str, Any]) -> dict[str, Any]:
         """Add up the metrics into the summary and write it into ``run.json``."""
@@ -115,17 +145,24 @@ class RunRecord:
         wanted = json.loads(json.dumps({**config, **made_of}))
         there = {**stored["config"], **{key: stored.get(key) for key in made_of}}
         for key in wanted:
-            if key not in ("versions", "device") and there.get(key) != wanted[key]:
+            if key not in _NOT_COMPARED and there.get(key) != wanted[key]:
                 raise InputError(
                     f"{self.run_dir} belongs to another run: its {key} is {there.get(key)}, this command's is "
                     f"{wanted[key]}. Resume with the options it was started with, or give --out another directory."
                 )
 
 
+def _foreign(run_dir: Path) -> Iterator[Path]:
+    """What does not look like the leftovers of a run killed before it was written down."""
+    return (path for path in run_dir.iterdir() if not (path.name.startswith(".") and path.name.endswith(".tmp")))
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        if not {"config", "summary", "eval_before"} <= document.keys():
+            raise ValueError("it is no run's record")
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} cannot be read: {error}. Start the run anew in another --out.") from None
     return document
 

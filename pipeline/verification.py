@@ -10,7 +10,7 @@ from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.verify import verify
 from pipeline.progress import progress_bar
-from workers.lookup.hidden import check_head
+from workers.lookup.hidden import require_head_of_cache
 from workers.teacher.lm_head import load_head
 
 _RECOMPUTED_SEQUENCES = 16
@@ -27,7 +27,7 @@ def verify_cache(cache_dir: Path) -> dict[str, Any]:
         if reader.has_hidden_states:
             recomputed = min(_RECOMPUTED_SEQUENCES, len(reader))
             try:
-                check_head(reader, load_head(reader.lm_head_path, torch.device("cpu")), recomputed)
+                require_head_of_cache(reader, load_head(reader.lm_head_path, torch.device("cpu")), recomputed)
             except CacheError as error:
                 errors.append({"file": LM_HEAD_NAME, "reason": str(error)})
     return {

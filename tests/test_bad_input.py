@@ -174,7 +174,7 @@ def distill(cache: Path, student: Path, *options: object) -> list[object]:
     ("options", "says"),
     [
         (["--set", "loss.k=2"], "identically zero below k = 3"),
-        (["--set", "loss.k=17"], "stores the teacher's top 16"),
+        (["--set", "loss.k=17"], "more than the top 16"),
         (["--loss", "bidl"], "no loss is called 'bidl'"),
         (["--loss", "kl", "--set", "loss.k=3"], "loss kl has no parameter 'k'"),
         (["--set", "loss.temperature=hot"], "loss.temperature='hot'"),
@@ -262,7 +262,7 @@ def test_an_lm_head_of_another_teacher(cache_dir: Path, teacher_dir: Path, tmp_p
     shutil.copytree(cache_dir, tmp_path / "cache")
     head = tmp_path / "cache" / "lm_head.safetensors"
     save_head(LMHead(load_file(head)["weight"].flip(0)), head)
-    refused(*distill(tmp_path / "cache", teacher_dir), out=tmp_path / "run", says="does not belong")
+    refused(*distill(tmp_path / "cache", teacher_dir), out=tmp_path / "run", says="its SHA-256 is not the manifest's")
 
 
 def test_a_run_directory_in_use(cache_dir: Path, teacher_dir: Path, tmp_path: Path) -> None:

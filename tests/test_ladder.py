@@ -13,7 +13,7 @@ from tests.tiny_cache import CPU, dump_tiny_cache, load_teacher, random_sequence
 from tests.tiny_models import save_tiny_llama
 from workers.errors import InputError
 from workers.lookup.batch import collate
-from workers.lookup.hidden import CachedHiddenStates, LiveHiddenStates, check_head, stored_hidden_states
+from workers.lookup.hidden import CachedHiddenStates, LiveHiddenStates, require_head_of_cache, stored_hidden_states
 from workers.lookup.ladder import Ladder
 from workers.ordering import exact_top_k
 from workers.teacher.checkpoint import identity_of
@@ -209,8 +209,8 @@ def swapped(weight, first, second):
 
 
 def test_the_head_of_the_dump_is_accepted(reader, reader_of_all):
-    check_head(reader, load_head(reader.lm_head_path, CPU))
-    check_head(reader_of_all, load_head(reader_of_all.lm_head_path, CPU), num_sequences=1000)
+    require_head_of_cache(reader, load_head(reader.lm_head_path, CPU))
+    require_head_of_cache(reader_of_all, load_head(reader_of_all.lm_head_path, CPU), num_sequences=1000)
 
 
 HEADS = {
@@ -232,14 +232,14 @@ def test_a_head_that_is_not_the_dump_s_is_refused(reader, changed):
     first_ids = reader[0].rows.token_ids[0, :2].tolist()
     wrong = dataclasses.replace(head, weight_VD=changed(head.weight_VD, first_ids))
     with pytest.raises(CacheCorruptError, match="lm_head"):
-        check_head(reader, wrong)
+        require_head_of_cache(reader, wrong)
 
 
 def test_hidden_states_are_not_read_with_a_wrong_head(teacher_dir, sequences, tmp_path):
     reader = dump_tiny_cache(tmp_path / "cache", teacher_dir, sequences)
     head = load_head(reader.lm_head_path, CPU)
     save_head(dataclasses.replace(head, weight_VD=head.weight_VD.flip(0)), reader.lm_head_path)
-    with pytest.raises(CacheCorruptError, match="does not belong to the hidden states"):
+    with pytest.raises(CacheCorruptError, match="its SHA-256 is not the manifest"):
         CachedHiddenStates(reader, CPU)
 
 

@@ -39,10 +39,12 @@ class LossConfig(BaseModel):
                 )
         return self
 
-    @property
-    def parameters(self) -> dict[str, Value]:
-        """Defaults of the catalogue, overridden by what was given."""
-        defaults = {key: parameter.default for key, parameter in LOSSES[self.name].parameters.items()}
+    def parameters(self, top_k: int) -> dict[str, Value]:
+        """Defaults of the catalogue, overridden by what was given, for a cache that stores ``top_k`` ids."""
+        defaults: dict[str, Value] = {
+            key: min(parameter.default, top_k) if parameter.at_most_stored else parameter.default
+            for key, parameter in LOSSES[self.name].parameters.items()
+        }
         return defaults | (self.model_extra or {})
 
 
@@ -74,7 +76,7 @@ class DistillConfig(_Section):
     epochs: int = Field(1, ge=1)
     steps: int | None = Field(None, ge=1)
     """Wins over epochs."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """bfloat16 is autocast over float32 weights."""
     device: str = "auto"

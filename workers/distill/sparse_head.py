@@ -91,22 +91,40 @@ class _ChosenProducts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NM: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad_NM: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         hidden_ND, weight_VD, ids_NM = ctx.saved_tensors
         # float32, or float64 where the caller computes in it.
-        grad_weight_VD = torch.zeros(weight_VD.shape, dtype=grad_NM.dtype, device=weight_VD.device)
+        grad_weight_VD = None
+        if ctx.needs_input_grad[1]:
+            grad_weight_VD = torch.zeros(weight_VD.shape, dtype=grad_NM.dtype, device=weight_VD.device)
         grad_hidden_ND = torch.empty(hidden_ND.shape, dtype=grad_NM.dtype, device=hidden_ND.device)
         size = hidden_ND.shape[1]
         for rows in chunks(len(ids_NM), grad_NM.element_size() * ids_NM.shape[1] * size):
             grad_CM, ids_CM = grad_NM[rows], ids_NM[rows]
             chosen_CMD = weight_VD[ids_CM].to(grad_NM.dtype)
             grad_hidden_ND[rows] = torch.bmm(grad_CM.unsqueeze(1), chosen_CMD).squeeze(1)
-            outer_CMD = grad_CM.unsqueeze(2) * hidden_ND[rows].to(grad_NM.dtype).unsqueeze(1)
-            grad_weight_VD.index_add_(0, ids_CM.flatten(), outer_CMD.view(-1, size))
+            if grad_weight_VD is not None:
+                outer_CMD = grad_CM.unsqueeze(2) * hidden_ND[rows].to(grad_NM.dtype).unsqueeze(1)
+                _add_rows(grad_weight_VD, ids_CM.flatten(), outer_CMD.view(-1, size))
         grad_bias_V = None
         if ctx.bias_shape is not None:
-            grad_bias_V = grad_NM.new_zeros(ctx.bias_shape).index_add_(0, ids_NM.flatten(), grad_NM.flatten())
-        return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD.to(weight_VD.dtype), grad_bias_V, None
+            grad_bias_V = grad_NM.new_zeros(ctx.bias_shape)
+            _add_rows(grad_bias_V, ids_NM.flatten(), grad_NM.flatten())
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
+        return grad_hidden_ND.to(hidden_ND.dtype), grad_weight_VD, grad_bias_V, None
+
+
+def _add_rows(target: Tensor, ids: Tensor, rows: Tensor) -> None:
+    """target[ids] += rows, repeated ids included, in an order that is the same every time.
+
+    On a CPU `index_add_` adds in order and `index_put_` does not; on CUDA `index_add_` uses atomics, and `index_put_`
+    sorts first.
+    """
+    if target.is_cuda:
+        target.index_put_((ids,), rows, accumulate=True)
+    else:
+        target.index_add_(0, ids, rows)
 
 
 class _RowLoss(torch.autograd.Function):
@@ -124,7 +142,9 @@ class _RowLoss(torch.autograd.Function):
         wants_gradient = any(ctx.needs_input_grad[:3])
         grad_hidden_ND = torch.zeros_like(hidden_ND)
         wide = widened(hidden_ND.dtype)
-        grad_weight_VD = torch.zeros(weight_VD.shape if wants_gradient else (0, 0), dtype=wide, device=weight_VD.device)
+        grad_weight_VD = None
+        if ctx.needs_input_grad[1]:
+            grad_weight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device)
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
         values = []
         # A loss of one chunk holds about five tensors of its size.
@@ -140,7 +160,9 @@ class _RowLoss(torch.autograd.Function):
                 (grad_CV,) = torch.autograd.grad(values_C, products_CV, torch.full_like(values_C, weight))
                 narrow_CV = grad_CV.to(hidden_ND.dtype)
                 grad_hidden_ND[rows] = narrow_CV @ compute_VD
-                grad_weight_VD += (narrow_CV.T @ hidden_ND[rows]).to(wide)
+                if grad_weight_VD is not None:
+                    # addmm_ adds in place: no second [V, D], and no rounding of a chunk's sum to the compute dtype.
+                    grad_weight_VD.addmm_(narrow_CV.T.to(wide), hidden_ND[rows].to(wide))
                 if grad_bias_V is not None:
                     grad_bias_V += grad_CV.sum(0).to(grad_bias_V.dtype)
         ctx.weight_dtype = weight_VD.dtype
@@ -158,7 +180,8 @@ class _RowLoss(torch.autograd.Function):
         # Scaled in place, for the weight's gradient is as large as the weight.
         ctx.gradients = None
         grad_hidden_ND.mul_(grad.to(grad_hidden_ND.dtype))
-        grad_weight_VD.mul_(grad.to(grad_weight_VD.dtype))
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.mul_(grad.to(grad_weight_VD.dtype)).to(ctx.weight_dtype)
         if grad_bias_V is not None:
             grad_bias_V.mul_(grad.to(grad_bias_V.dtype))
-        return grad_hidden_ND, grad_weight_VD.to(ctx.weight_dtype), grad_bias_V, None, None, None
+        return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None

@@ -59,6 +59,9 @@ class StudentLoss(nn.Module):
         for term in self._terms:
             positions = batch.parts[term.part]
             hidden_ND = hidden_BTD[positions.sequence_of_N, positions.token_of_N]
+            if self._autocast:
+                # Autocast leaves the final norm's output in float32; the head's matmuls are a small model's largest.
+                hidden_ND = hidden_ND.to(torch.bfloat16)
             shares.append(self._term_share(term, positions, hidden_ND, 1.0 / max(counts[term.part], 1)))
         return torch.stack(shares).sum(), torch.stack(shares).detach()
 
@@ -107,6 +110,19 @@ def load_student(model: str, layers: Sequence[int] | None, *, gradient_checkpoin
     return student.train()
 
 
+def require_layers(layers: Sequence[int], depth: int) -> None:
+    """Refuse indexes that are not ascending, each once, within a model of ``depth`` layers.
+
+    Raises:
+        InputError: says which there are.
+    """
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= depth:
+        raise InputError(
+            f"--student-layers {','.join(map(str, layers))}: give ascending indexes from 0 to {depth - 1}, each once "
+            f"(the model has {depth} layers)."
+        )
+
+
 def keep_layers(model: Any, layers: Sequence[int]) -> None:
     """Cut a model down, in place, to some of its decoder layers; embeddings, final norm and head stay.
 
@@ -118,11 +134,7 @@ def keep_layers(model: Any, layers: Sequence[int]) -> None:
     """
     config = model.config.get_text_config()
     depth = config.num_hidden_layers
-    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= depth:
-        raise InputError(
-            f"--student-layers {','.join(map(str, layers))}: give ascending indexes from 0 to {depth - 1}, each once "
-            f"(the model has {depth} layers)."
-        )
+    require_layers(layers, depth)
     body = body_of(model)
     stacks = [(name, child) for name, child in body.named_children() if _is_stack(child, depth)]
     if len(stacks) != 1:

@@ -12,15 +12,22 @@ from torch import Tensor
 
 from cache_schema.reader import CacheReader
 from workers.distill.checkpoint import latest_checkpoint, load_checkpoint
-from workers.distill.config import DistillConfig, LossConfig
+from workers.distill.config import DistillConfig, LossConfig, OptimizerConfig
 from workers.distill.order import step_indexes, steps_per_epoch
-from workers.distill.student import StudentLoss, Term, load_student
+from workers.distill.student import StudentLoss, Term, load_student, require_layers
 from workers.errors import InputError
 from workers.lookup.batch import Batch, Part, collate
-from workers.lookup.hidden import CachedHiddenStates, HiddenStateSource, LiveHiddenStates
+from workers.lookup.hidden import CachedHiddenStates, HiddenStateSource, LiveHiddenStates, require_same_teacher
 from workers.lookup.ladder import Ladder
 from workers.losses.catalogue import LOSSES
-from workers.teacher.checkpoint import identity_of, require_vocabulary
+from workers.teacher.checkpoint import (
+    context_length,
+    identity_of,
+    model_directory,
+    read_text_config,
+    require_plain_head,
+    require_vocabulary,
+)
 from workers.teacher.transformers_teacher import TransformersTeacher
 from workers.tokenizers import check_same_vocabulary, load_tokenizer
 
@@ -34,7 +41,6 @@ class Training:
     student: StudentLoss
     ladder: Ladder
     optimizer: torch.optim.Optimizer
-    scheduler: Any
     device: torch.device
     num_steps: int
     first_step: int
@@ -64,7 +70,7 @@ class Training:
             counts = {part: sum(batch.num_positions(part) for batch in batches) for part in parts}
             shares = [self._backward(batch, counts) for batch in batches]
             grad_norm, lr = self._update(step)
-            loss, terms = _total(shares)  # the step's one wait for the device, with the norm and the counts
+            loss, terms = _total(shares)
             lookups, teacher_forwards = self.ladder.take_counts()
             seconds = time.perf_counter() - started
             yield {
@@ -96,46 +102,82 @@ class Training:
                 f"step {step + 1}: the gradient norm is {grad_norm}. The weights are those before the step; lower "
                 f"optimizer.lr ({self.config.optimizer.lr:g}), or look for NaN in the student's checkpoint."
             )
-        lr = self.scheduler.get_last_lr()[0]
+        lr = learning_rate(step, self.num_steps, self.config.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
-        self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return grad_norm, lr
 
 
-def prepare(config: DistillConfig, run_dir: Path, device: torch.device) -> Training:
-    """Check everything that can be checked from files alone, then load models and the latest checkpoint, if any.
+def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig) -> float:
+    """Linear warm-up to the peak, then a cosine to zero; the first step already moves the weights."""
+    num_warmup = round(optimizer.warmup * num_steps)
+    if step < num_warmup:
+        return optimizer.lr * (step + 1) / num_warmup
+    done = (step - num_warmup) / max(1, num_steps - num_warmup)
+    return optimizer.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def check(config: DistillConfig) -> CacheReader:
+    """Open the cache and refuse, from files alone, what cannot be trained from it.
 
     Raises:
-        CacheError, InputError: the cache, the student, the teacher and the loss do not fit each other.
+        CacheError, InputError: cache, student, teacher and loss do not fit each other.
     """
     reader = CacheReader(config.cache)
     check_needs(config, reader)
     check_same_vocabulary(load_tokenizer(str(reader.tokenizer_dir)), load_tokenizer(config.student))
+    context = context_length(model_directory(config.student))
+    if context is not None and context < reader.plan.dataset.max_tokens:
+        longest = max(reader[index].sequence.num_tokens for index in range(len(reader)))
+        if context < longest:
+            raise InputError(
+                f"{config.student} reads {context:,} tokens, {reader.cache_dir} holds a sequence of {longest:,}: give "
+                f"a student with a longer context, or dump with --set data.max_tokens={context}."
+            )
+    if config.student_layers is not None:
+        require_layers(config.student_layers, read_text_config(model_directory(config.student)).num_hidden_layers)
+    if config.teacher is not None:
+        require_same_teacher(reader, identity_of(config.teacher, reader.plan.teacher.dtype))
+    return reader
+
+
+def num_steps_of(config: DistillConfig, reader: CacheReader) -> int:
+    """As asked, or so many epochs of the cache."""
+    return config.steps or config.epochs * steps_per_epoch(len(reader), config.sequences_per_step)
+
+
+def prepare(config: DistillConfig, reader: CacheReader, run_dir: Path, device: torch.device) -> Training:
+    """Load models, and the latest checkpoint if there is one, for a config that ``check`` has passed.
+
+    Raises:
+        CacheError, InputError: a model or checkpoint does not load or does not fit.
+    """
     torch.manual_seed(config.seed)
     ladder = Ladder(_hidden_state_source(config, reader, device))
     model = load_student(
         config.student, config.student_layers, gradient_checkpointing=config.gradient_checkpointing
     ).to(device)
     require_vocabulary(model, reader.plan.tokenizer.vocab_size)
+    require_plain_head(model, reader.plan.tokenizer.vocab_size)
     student = StudentLoss(
         model,
         ladder,
-        [Term(part, LOSSES[loss.name], loss.parameters) for part, loss in _losses(config)],
+        [Term(part, LOSSES[loss.name], loss.parameters(reader.plan.top_k)) for part, loss in _losses(config)],
         vocab_size=reader.plan.tokenizer.vocab_size,
         autocast=config.dtype == "bfloat16",
     )
-    num_steps = config.steps or config.epochs * steps_per_epoch(len(reader), config.sequences_per_step)
+    num_steps = num_steps_of(config, reader)
     optimizer = torch.optim.AdamW(
-        student.parameters(),
+        [parameter for parameter in student.parameters() if parameter.requires_grad],
         lr=config.optimizer.lr,
         betas=config.optimizer.betas,
         weight_decay=config.optimizer.weight_decay,
     )
-    scheduler = _schedule(optimizer, round(config.optimizer.warmup * num_steps), num_steps)
     checkpoint = latest_checkpoint(run_dir)
-    first_step = load_checkpoint(checkpoint, student, optimizer, scheduler) if checkpoint else 0
-    return Training(config, reader, student, ladder, optimizer, scheduler, device, num_steps, first_step)
+    first_step = load_checkpoint(checkpoint, student, optimizer) if checkpoint else 0
+    return Training(config, reader, student, ladder, optimizer, device, num_steps, first_step)
 
 
 def check_needs(config: DistillConfig, reader: CacheReader) -> None:
@@ -150,26 +192,28 @@ def check_needs(config: DistillConfig, reader: CacheReader) -> None:
             f"--prompt-loss needs the teacher at the prompt's positions, {reader.cache_dir} holds those of the "
             f"response: dump with --positions all, or leave the prompt loss out."
         )
-    for _, loss in _losses(config):
+    for part, loss in _losses(config):
+        key = "loss" if part == "response" else "prompt_loss"
         needs = LOSSES[loss.name].needs
-        k = loss.model_extra.get("k") if loss.model_extra else None
-        if "top_k" in needs and k is not None and k > plan.top_k:
+        k = loss.parameters(plan.top_k).get("k", 0)
+        least = int(LOSSES[loss.name].parameters["k"].minimum) if k else 0
+        if least > plan.top_k:
             raise InputError(
-                f"loss.k={k}: {reader.cache_dir} stores the teacher's top {plan.top_k}. Lower loss.k, or dump with "
-                f"--top-k {k}."
+                f"{key} {loss.name} compares {least} ids at least, {reader.cache_dir} stores {plan.top_k}: dump with a "
+                f"larger --top-k."
             )
-        if "k" in LOSSES[loss.name].parameters and "lookups" in needs:
-            k = int(loss.parameters["k"])
-            if k > plan.top_k and "top_k" in needs:
-                raise InputError(
-                    f"loss {loss.name} compares the top {k}, {reader.cache_dir} stores {plan.top_k}: give "
-                    f"--set loss.k={plan.top_k}, or dump with --top-k {k}."
-                )
+        if "top_k" in needs and k > plan.top_k:
+            raise InputError(
+                f"{key}.k={k} is more than the top {plan.top_k} that {reader.cache_dir} stores: give "
+                f"--set {key}.k={plan.top_k} or less, or dump with --top-k {k}."
+            )
+        if k > plan.tokenizer.vocab_size:
+            raise InputError(f"{key}.k={k} is more than the vocabulary of {plan.tokenizer.vocab_size}: lower it.")
         missing = needs & {"lookups", "full_row"}
         if missing and not reader.has_hidden_states and config.teacher is None:
             asks = "the student's own top-k" if "lookups" in missing else "the teacher's whole rows"
             raise InputError(
-                f"loss {loss.name} needs the teacher's logits at {asks}, and {reader.cache_dir} has no hidden "
+                f"{key} {loss.name} needs the teacher's logits at {asks}, and {reader.cache_dir} has no hidden "
                 f"states. Give --teacher {plan.teacher.name}, or dump again without --no-hidden-states, or choose a "
                 f"loss that the stored top-k serves (t_ld, topk_kl)."
             )
@@ -196,12 +240,6 @@ def _hidden_state_source(config: DistillConfig, reader: CacheReader, device: tor
         config.teacher, identity, plan.engine, vocab_size=plan.tokenizer.vocab_size, device=device, eos_token_id=None
     )
     return LiveHiddenStates(reader, teacher)
-
-
-def _schedule(optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_steps: int) -> Any:
-    from transformers import get_cosine_schedule_with_warmup
-
-    return get_cosine_schedule_with_warmup(optimizer, num_warmup_steps, num_steps)
 
 
 def _total(shares: list[Tensor]) -> tuple[float, list[float]]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from cache_schema.reader import CacheReader
 from workers.lookup.batch import TeacherPositions, collate
 from workers.lookup.hidden import CachedHiddenStates
-from workers.losses.bild import kl_divergence
+from workers.lookup.ladder import Ladder
+from workers.losses.divergences import kl_divergence
 from workers.ordering import exact_top_k
 from workers.teacher.checkpoint import body_of
 from workers.teacher.lm_head import LMHead, chunks, head_of
@@ -35,7 +36,7 @@ def evaluate_on_cache(
     """
     model.eval()
     head = head_of(model, reader.plan.tokenizer.vocab_size)
-    source = CachedHiddenStates(reader, device) if reader.has_hidden_states else None
+    ladder = Ladder(CachedHiddenStates(reader, device)) if reader.has_hidden_states else None
     overlap_ks = [k for k in OVERLAP_KS if k <= reader.plan.top_k]
     columns: list[Tensor] = []
     sequence_lengths: list[int] = []
@@ -46,30 +47,29 @@ def evaluate_on_cache(
         with torch.inference_mode():
             hidden_BTD = body_of(model)(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
             hidden_ND = hidden_BTD[positions.sequence_of_N, positions.token_of_N]
-            columns.append(_measure(head, hidden_ND, positions, source, overlap_ks))
+            columns.append(_measure(head, hidden_ND, positions, ladder, overlap_ks))
         sequence_lengths += [len(member.stored_rows) for member in positions.members]
         if progress:
             progress(indexes.stop, len(reader))
-    return _summarise(torch.cat(columns), sequence_lengths, overlap_ks, has_kl=source is not None)
+    return _summarise(torch.cat(columns), sequence_lengths, overlap_ks, has_kl=ladder is not None)
 
 
 def _measure(
     head: LMHead,
     hidden_ND: Tensor,
     positions: TeacherPositions,
-    source: CachedHiddenStates | None,
+    ladder: Ladder | None,
     overlap_ks: Sequence[int],
 ) -> Tensor:
     """Columns: overlap at each k, loss, KL (0 without hidden states). float64 [N, len(overlap_ks) + 2]"""
-    teacher_hidden_ND = source.hidden_states(positions) if source else None
     parts = []
     for chunk in chunks(len(hidden_ND), 4 * 2 * head.vocab_size):
         student_CV = head.logits(hidden_ND[chunk])
         labels_C = positions.labels_N[chunk]
         loss_C = F.cross_entropy(student_CV, labels_C, reduction="none")
         kl_C = torch.zeros_like(loss_C)
-        if source is not None and teacher_hidden_ND is not None:
-            kl_C = kl_divergence(source.head.logits(teacher_hidden_ND[chunk]), student_CV)
+        if ladder is not None:
+            kl_C = kl_divergence(ladder.rows(positions, chunk), student_CV)
         student_ids_CK = exact_top_k(student_CV, max(overlap_ks))[1]
         teacher_ids_CK = positions.token_ids_NK[chunk]
         overlaps = [overlap_at(k, teacher_ids_CK, student_ids_CK) for k in overlap_ks]

@@ -48,7 +48,6 @@ class TeacherPositions:
 
 @dataclass(frozen=True)
 class Batch:
-    indexes: tuple[int, ...]
     input_ids_BT: Tensor
     parts: dict[Part, TeacherPositions]
 
@@ -63,7 +62,6 @@ def collate(reader: CacheReader, indexes: Sequence[int], parts: Sequence[Part], 
     for row, item in enumerate(scored):
         input_ids[row, : item.sequence.num_tokens] = item.sequence.input_ids
     return Batch(
-        indexes=tuple(indexes),
         input_ids_BT=torch.from_numpy(input_ids).to(device),
         parts={part: _positions(reader, indexes, scored, part, device) for part in parts},
     )

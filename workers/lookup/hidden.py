@@ -1,5 +1,6 @@
 """The teacher's hidden states at cached positions: from disk, or from the teacher itself."""
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -7,8 +8,9 @@ import torch
 from torch import Tensor
 
 from cache_schema.errors import CacheCorruptError, CacheMismatchError
+from cache_schema.manifest import LM_HEAD_NAME, TeacherIdentity
 from cache_schema.reader import CacheReader
-from workers.lookup.batch import TeacherPositions
+from cache_schema.storage import sha256_of
 from workers.teacher.lm_head import LMHead, load_head, score
 from workers.teacher.teacher import Teacher
 
@@ -23,8 +25,8 @@ class HiddenStateSource(Protocol):
     teacher_forwards: int
     """Sequences run through the teacher so far."""
 
-    def hidden_states(self, positions: TeacherPositions) -> Tensor:
-        """[N, D] in the teacher's compute dtype, on the head's device"""
+    def hidden_states(self, indexes: Sequence[int]) -> list[Tensor]:
+        """Those of every stored position of each sequence, in the teacher's compute dtype. [P_i, D] each"""
         ...
 
 
@@ -32,7 +34,7 @@ class CachedHiddenStates:
     """Reads what the dump kept.
 
     Raises:
-        CacheCorruptError: the stored head does not reproduce stored logits from stored hidden states.
+        CacheCorruptError: the head is damaged, or does not reproduce stored logits from stored hidden states.
     """
 
     tier: Literal["hidden", "live"] = "hidden"
@@ -40,12 +42,12 @@ class CachedHiddenStates:
 
     def __init__(self, reader: CacheReader, device: torch.device) -> None:
         self._reader = reader
+        _require_stored_hash(reader)
         self.head = load_head(reader.lm_head_path, device)
-        check_head(reader, self.head)
+        require_head_of_cache(reader, self.head)
 
-    def hidden_states(self, positions: TeacherPositions) -> Tensor:
-        states = [stored_hidden_states(self._reader, member.index)[member.stored_rows] for member in positions.members]
-        return torch.cat(states).to(self.head.weight_VD.device)
+    def hidden_states(self, indexes: Sequence[int]) -> list[Tensor]:
+        return [stored_hidden_states(self._reader, index) for index in indexes]
 
 
 class LiveHiddenStates:
@@ -58,26 +60,34 @@ class LiveHiddenStates:
     tier: Literal["hidden", "live"] = "live"
 
     def __init__(self, reader: CacheReader, teacher: Teacher) -> None:
-        require_same_teacher(reader, teacher)
+        require_same_teacher(reader, teacher.identity)
         self._reader = reader
         self._teacher = teacher
         self.head = teacher.lm_head
         self.teacher_forwards = 0
 
-    def hidden_states(self, positions: TeacherPositions) -> Tensor:
-        sequences = [self._reader[member.index].sequence for member in positions.members]
-        self.teacher_forwards += len(sequences)
-        states = self._teacher.hidden_states(sequences, self._reader.plan.positions)
-        return torch.cat(
-            [
-                state[member.stored_rows.to(state.device)]
-                for state, member in zip(states, positions.members, strict=True)
-            ]
+    def hidden_states(self, indexes: Sequence[int]) -> list[Tensor]:
+        self.teacher_forwards += len(indexes)
+        sequences = [self._reader[index].sequence for index in indexes]
+        return self._teacher.hidden_states(sequences, self._reader.plan.positions)
+
+
+def _require_stored_hash(reader: CacheReader) -> None:
+    """The head answers every lookup, so all of its bytes are checked, once a run."""
+    stored = {file.name: file.sha256 for file in reader.manifest.files}
+    if sha256_of(reader.lm_head_path) != stored.get(LM_HEAD_NAME):
+        raise CacheCorruptError(
+            f"{reader.lm_head_path} is damaged: its SHA-256 is not the manifest's. Restore it, or dump again."
         )
 
 
-def require_same_teacher(reader: CacheReader, teacher: Teacher) -> None:
-    stored, given = reader.plan.teacher, teacher.identity
+def require_same_teacher(reader: CacheReader, given: TeacherIdentity) -> None:
+    """Refuse a teacher other than the one the cache was dumped with.
+
+    Raises:
+        CacheMismatchError: names the field that differs.
+    """
+    stored = reader.plan.teacher
     for field in ("fingerprint", "dtype"):
         if getattr(stored, field) != getattr(given, field):
             raise CacheMismatchError(
@@ -93,7 +103,7 @@ def stored_hidden_states(reader: CacheReader, index: int) -> Tensor:
     return bits.view(torch.bfloat16) if reader.plan.hidden_states.dtype == "bfloat16" else bits
 
 
-def check_head(reader: CacheReader, head: LMHead, num_sequences: int = _CHECKED_SEQUENCES) -> None:
+def require_head_of_cache(reader: CacheReader, head: LMHead, num_sequences: int = _CHECKED_SEQUENCES) -> None:
     """Recompute stored logits, by their ids and as a top-k, from hidden states and head, in sequences over the cache.
 
     Raises:

@@ -28,7 +28,8 @@ class Ladder:
         self._source = source
         self._counts: dict[str, Tensor | int] = dict.fromkeys(TIERS, 0)
         self._forwards_taken = 0
-        self._held: tuple[TeacherPositions, Tensor] | None = None
+        self._held_sequences: tuple[tuple[int, ...], list[Tensor]] = ((), [])
+        self._held_positions: tuple[TeacherPositions, Tensor] | None = None
 
     def logits_at(self, positions: TeacherPositions, ids_NM: Tensor) -> Tensor:
         """The teacher's logits of chosen ids, detached. float32 [N, M]
@@ -75,11 +76,21 @@ class Ladder:
             return self._source.head.logits_at(hidden_QD, ids_Q.to(device).unsqueeze(1)).squeeze(1)
 
     def _hidden_states(self, positions: TeacherPositions) -> Tensor:
-        """Those of the positions asked last are kept: a loss of several parts asks for the same ones."""
+        """[N, D] on the head's device. What was asked last is kept: chunks ask for the same positions, response and
+        prompt for the same sequences."""
         assert self._source is not None
-        if self._held is None or self._held[0] is not positions:
-            self._held = (positions, self._source.hidden_states(positions))
-        return self._held[1]
+        if self._held_positions is not None and self._held_positions[0] is positions:
+            return self._held_positions[1]
+        indexes = tuple(member.index for member in positions.members)
+        if self._held_sequences[0] != indexes:
+            self._held_sequences = (indexes, self._source.hidden_states(indexes))
+        states = [
+            states_PD[member.stored_rows.to(states_PD.device)]
+            for states_PD, member in zip(self._held_sequences[1], positions.members, strict=True)
+        ]
+        hidden_ND = torch.cat(states).to(self._source.head.weight_VD.device)
+        self._held_positions = (positions, hidden_ND)
+        return hidden_ND
 
     def _count(self, tier: str, pairs: Tensor | int) -> None:
         self._counts[tier] = self._counts[tier] + pairs

@@ -10,9 +10,9 @@ Shape suffixes: N = positions, K = leading ids, P = pairs.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from workers.losses.divergences import kl_divergence
 from workers.losses.targets import TopK
 
 
@@ -26,10 +26,3 @@ def logits_difference(led: TopK, temperature: float) -> Tensor:
     teacher_NP = (led.teacher_NK[:, first] - led.teacher_NK[:, second]) / temperature
     student_NP = (led.student_NK[:, first] - led.student_NK[:, second]) / temperature
     return kl_divergence(teacher_NP, student_NP)
-
-
-def kl_divergence(teacher_NP: Tensor, student_NP: Tensor) -> Tensor:
-    """KL(softmax(teacher) || softmax(student)) per row, in nats. [N]"""
-    teacher_NP = F.log_softmax(teacher_NP, dim=1)
-    student_NP = F.log_softmax(student_NP, dim=1)
-    return (teacher_NP.exp() * (teacher_NP - student_NP)).sum(dim=1)

@@ -7,7 +7,8 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from workers.losses.bild import kl_divergence, logits_difference
+from workers.losses.bild import logits_difference
+from workers.losses.divergences import kl_divergence
 from workers.losses.targets import Targets, TopK
 
 Need = Literal["top_k", "lookups", "full_row"]
@@ -21,6 +22,8 @@ class Parameter:
     default: Value
     minimum: float
     meaning: str
+    at_most_stored: bool = False
+    """Whether the default shrinks to the ids the cache stores; what is asked for by name never does."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,11 @@ def _sft(targets: Targets, params: Params) -> Tensor:
 
 
 _TEMPERATURE_3 = Parameter(3.0, 1e-3, "divides the logits of both models")
-_TEMPERATURE_1 = Parameter(1.0, 1e-3, "divides the logits of both models")
 _T2 = Parameter(False, 0, "multiply by temperature squared, to keep gradients of one size over temperatures")
 _K_8 = Parameter(8, 3, "leading ids compared; the loss is identically zero below k = 3")
-_K_1024 = Parameter(1024, 1, "leading ids compared; as many as the cache stores where it stores fewer")
+_K_1024 = Parameter(
+    1024, 2, "leading ids compared; as many as the cache stores where it stores fewer", at_most_stored=True
+)
 _THESIS = "BiLD thesis"
 
 LOSSES: dict[str, Loss] = {
