@@ -33,16 +33,15 @@ def main() -> None:
         plan.engine,
         vocab_size=plan.tokenizer.vocab_size,
         device=torch.device("cpu"),
-        eos_token_id=None,
     )
     tokenizer = load_tokenizer(str(TEACHER))
 
     def bare() -> None:
         for batch in batches(sequences, plan.engine.tokens_per_batch):
-            for hidden in teacher.hidden_states(batch, plan.positions):
-                with torch.inference_mode():
-                    for rows in chunks(len(hidden), 4 * teacher.lm_head.vocab_size):
-                        teacher.lm_head.logits(hidden[rows])
+            hidden = torch.cat(teacher.hidden_states(batch, plan.positions))
+            with torch.inference_mode():
+                for rows in chunks(len(hidden), 4 * teacher.lm_head.vocab_size):
+                    teacher.lm_head.logits(hidden[rows])
 
     def full() -> None:
         with tempfile.TemporaryDirectory() as folder:

@@ -69,6 +69,8 @@ class Generation(_Stored):
     """0 is greedy."""
     top_p: float
     seed: int
+    end_token_ids: tuple[int, ...]
+    """What ends a response, ascending: the tokenizer's EOS and those of the model's generation config."""
 
 
 class Engine(_Stored):
@@ -116,8 +118,8 @@ class Plan(_Stored):
 
 
 class StoredFile(_Stored):
-    name: str = Field(pattern=r"^(tokenizer/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")
-    """Relative to the cache directory, which no name can leave."""
+    name: str = Field(pattern=r"^(tokenizer/([A-Za-z0-9_][A-Za-z0-9_.-]*/)*)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    """Relative to the cache directory, which no name can leave; only the tokenizer has folders."""
     num_bytes: int
     sha256: str
 
@@ -226,14 +228,18 @@ def manifest_sha256(cache_dir: Path) -> str:
 def require_same_plan(cache_dir: Path, stored: Plan, wanted: Plan) -> None:
     """Refuse to go on in a directory of another plan, naming the first field that differs.
 
+    The teacher's name is for people: a renamed folder is the same teacher.
+
     Raises:
-        CacheMismatchError: always, unless the plans are equal.
+        CacheMismatchError: always, unless the plans are equal but for that name.
     """
-    difference = _first_difference("", stored.model_dump(mode="json"), wanted.model_dump(mode="json"))
+    there, here = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
+    here["teacher"]["name"] = there["teacher"]["name"]
+    difference = _first_difference("", there, here)
     if difference:
-        field, there, here = difference
+        field, its, ours = difference
         raise CacheMismatchError(
-            f"{cache_dir} belongs to another dump: its {field} is {there}, this command's is {here}. Give --out "
+            f"{cache_dir} belongs to another dump: its {field} is {its}, this command's is {ours}. Give --out "
             f"another directory, or repeat the options that dump was started with."
         )
 

@@ -1,13 +1,16 @@
 """Files that appear whole or not at all.
 
 Everything is written under a temporary name in the same directory, flushed to the disk, and renamed. A process
-that dies at any instant leaves either no file or the whole file under the final name; what it leaves under the
-temporary name (``.NAME.tmp``) is overwritten by the next attempt.
+that dies at any instant leaves either no file or the whole file under the final name. The temporary name
+(``.NAME.<8 hex digits>.tmp``) is new each time, so two processes never write one file; what a killed process left
+under such a name stays until ``discard_leftovers``, which the holder of the directory's lock calls.
 """
 
 import fcntl
 import hashlib
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +26,7 @@ def publish(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the file system refused (full disk, no permission); names ``path``.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -41,9 +44,8 @@ def publish(path: Path) -> Iterator[Path]:
 @contextmanager
 def publish_directory(path: Path) -> Iterator[Path]:
     """Yield an empty temporary directory to fill; on a clean exit it becomes ``path``, which must not exist yet."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for file in sorted(temporary.rglob("*")):
@@ -58,22 +60,53 @@ def publish_directory(path: Path) -> Iterator[Path]:
         raise
 
 
+def discard_leftovers(path: Path) -> None:
+    """Remove what killed processes left of ``path``, a file or a directory, under temporary names.
+
+    Call it with the directory's lock held: a living process may be about to rename what stands under such a name.
+    """
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+    try:
+        for found in path.parent.iterdir():
+            if leftover.fullmatch(found.name):
+                if found.is_dir():
+                    shutil.rmtree(found)
+                else:
+                    found.unlink()
+    except OSError as error:
+        raise refused(path, error) from error
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a name is a temporary one, of whatever file."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", path.name) is not None
+
+
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock on an existing file, so that one process at a time writes beside it; a killed holder lets go.
+def exclusive(directory: Path) -> Iterator[None]:
+    """Make a directory if need be and hold its lock, so that one process at a time writes in it.
+
+    A killed holder lets go. A directory that is still empty in the end is removed again.
 
     Raises:
-        StorageError: another process holds it.
+        StorageError: another process holds the lock, or the directory cannot be made.
     """
-    with path.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(
-                f"{path.parent} is being written by another process: wait until it has ended, or give --out another "
-                f"directory."
-            ) from None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise refused(directory, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise StorageError(
+            f"{directory} is being written by another process: wait until it has ended, or give another --out."
+        ) from None
+    finally:
+        with suppress(OSError):
+            directory.rmdir()
+        os.close(descriptor)
 
 
 def publish_text(path: Path, text: str) -> None:
@@ -92,6 +125,10 @@ def sha256_of(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _flush(path: Path) -> None:

@@ -4,10 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from cache_schema.encoding import all_finite
 from cache_schema.errors import CacheCorruptError, CacheError
+from cache_schema.invariants import fault_in_hidden, fault_in_rows
 from cache_schema.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
@@ -21,7 +19,6 @@ from cache_schema.manifest import (
     shard_name,
 )
 from cache_schema.reader import CacheReader
-from cache_schema.sequence import ScoredSequence
 from cache_schema.storage import sha256_of
 
 
@@ -44,7 +41,8 @@ class Report:
 def verify(cache_dir: Path, progress: Callable[[int, int], None] | None = None) -> Report:
     """Check documents against each other, files against their hashes, and rows against the format.
 
-    Hidden-state files may be gone as long as all of them are. ``progress`` is called with (bytes hashed, of bytes).
+    Hidden-state files may be gone as long as all of them are. ``progress`` is called with (bytes checked, of bytes),
+    where the shards' bytes count once for their hash and once for their rows.
 
     Raises:
         CacheIncompleteError: there is no finished cache to check.
@@ -61,7 +59,8 @@ def verify(cache_dir: Path, progress: Callable[[int, int], None] | None = None) 
         hidden_deleted, files = True, [file for file in manifest.all_files if file.name not in hidden]
     else:
         hidden_deleted, files = False, manifest.all_files
-    total = sum(file.num_bytes for file in files)
+    shards = {file.name for receipt in manifest.receipts for file in receipt.files}
+    total = sum(file.num_bytes * (2 if file.name in shards else 1) for file in files)
     for file in files:
         reason = _check_file(cache_dir / file.name, file.num_bytes, file.sha256)
         if reason:
@@ -71,7 +70,13 @@ def verify(cache_dir: Path, progress: Callable[[int, int], None] | None = None) 
             progress(report.checked_bytes, total)
     damaged = {damage.file for damage in report.errors}
     if not {PLAN_NAME, MANIFEST_NAME, *(shard_name(receipt.shard) for receipt in manifest.receipts)} & damaged:
-        report.errors += _check_shards(CacheReader(cache_dir), check_hidden=not hidden_deleted and not hidden & damaged)
+        check_hidden = not hidden_deleted and not hidden & damaged
+        for checked, damages in _check_shards(CacheReader(cache_dir), check_hidden):
+            report.errors += damages
+            if progress:
+                progress(report.checked_bytes + checked, total)
+    if progress:
+        progress(total, total)  # rows behind a wrong hash are not looked at
     return report
 
 
@@ -106,64 +111,40 @@ def _check_file(path: Path, num_bytes: int, sha256: str) -> str | None:
     return None
 
 
-def _check_shards(reader: CacheReader, check_hidden: bool) -> Iterator[Damage]:
-    first = 0
+def _check_shards(reader: CacheReader, check_hidden: bool) -> Iterator[tuple[int, list[Damage]]]:
+    """Yield after every sequence, and every shard, the bytes whose rows are checked so far and the damage in them."""
+    first = checked = 0
     for receipt in reader.manifest.receipts:
+        num_bytes = sum(
+            file.num_bytes for file in receipt.files if check_hidden or file.name != hidden_name(receipt.shard)
+        )
         num_positions = num_tokens = 0
         try:
-            for index in range(first, first + receipt.num_sequences):
-                scored = reader[index]
+            for done in range(1, receipt.num_sequences + 1):
+                scored = reader[first + done - 1]
                 num_positions += scored.rows.num_positions
                 num_tokens += scored.sequence.num_tokens
-                reason = check_rows(scored, reader.plan)
-                if reason:
-                    yield Damage(shard_name(receipt.shard), f"sequence {scored.sequence.sequence_id.hex()}: {reason}")
+                where = f"sequence {scored.sequence.sequence_id.hex()}"
+                fault = fault_in_rows(scored, reader.plan)
+                damages = [Damage(shard_name(receipt.shard), f"{where}: {fault}")] if fault else []
                 if check_hidden:
-                    yield from _check_hidden(reader, index, receipt.shard)
+                    damages += _check_hidden(reader, first + done - 1, receipt.shard, where)
+                yield checked + num_bytes * done // receipt.num_sequences, damages
         except CacheCorruptError as error:
-            yield Damage(shard_name(receipt.shard), str(error))
+            yield checked, [Damage(shard_name(receipt.shard), str(error))]
         else:
             if (num_positions, num_tokens) != (receipt.num_positions, receipt.num_tokens):
-                yield Damage(receipt_name(receipt.shard), "its counts are not those of the rows")
+                damage = Damage(receipt_name(receipt.shard), "its counts are not those of the rows")
+                yield checked + num_bytes, [damage]
         first += receipt.num_sequences
+        checked += num_bytes
 
 
-def _check_hidden(reader: CacheReader, index: int, shard: int) -> Iterator[Damage]:
-    hidden = reader.plan.hidden_states
+def _check_hidden(reader: CacheReader, index: int, shard: int, where: str) -> list[Damage]:
+    if reader.plan.hidden_states is None:
+        return []
     try:
-        if hidden and not all_finite(reader.hidden_states(index), hidden.dtype):
-            sequence_id = reader[index].sequence.sequence_id.hex()
-            yield Damage(hidden_name(shard), f"sequence {sequence_id}: a hidden state is not finite")
+        fault = fault_in_hidden(reader.hidden_states(index), reader[index].rows.num_positions, reader.plan)
     except CacheCorruptError as error:
-        yield Damage(hidden_name(shard), str(error))
-
-
-def check_rows(scored: ScoredSequence, plan: Plan) -> str | None:
-    """What is wrong with a sequence's rows, or None."""
-    rows = scored.rows
-    if rows.num_positions == 0:
-        return "it has no target position"
-    ids = np.sort(rows.token_ids, axis=1)
-    if ids.min() < 0 or ids.max() >= plan.tokenizer.vocab_size:
-        return f"token id outside the vocabulary of {plan.tokenizer.vocab_size}"
-    if (ids[:, 1:] == ids[:, :-1]).any():
-        return "a token id stands twice in one position"
-    for name in ("logits", "label_logit", "row_mean", "row_std"):
-        if not np.isfinite(getattr(rows, name)).all():
-            return f"{name} is not finite"
-    if (np.diff(rows.logits, axis=1) > 0).any():
-        return "logits increase"
-    if np.isnan(rows.tail_logsumexp).any() or (rows.tail_logsumexp == np.inf).any():
-        return "tail_logsumexp is not a number"
-    sequence = scored.sequence
-    labels = sequence.input_ids[sequence.target_rows(plan.positions) + 1]
-    # A stored logit is within half a step of the truth, the label's own is exact: they must agree where both stand.
-    slack = plan.logit_step / 2 + 1e-5 * max(1.0, float(np.abs(rows.logits).max()))
-    is_label = rows.token_ids == labels[:, None]
-    stored = np.where(is_label, rows.logits, -np.inf).max(axis=1)
-    inside = is_label.any(axis=1)
-    if (np.abs(stored - rows.label_logit)[inside] > slack).any():
-        return "a label's logit differs from the same id's in the top k"
-    if (rows.label_logit[~inside] > rows.logits[~inside, -1] + slack).any():
-        return "a label outside the top k has a logit above it"
-    return None
+        return [Damage(hidden_name(shard), str(error))]
+    return [Damage(hidden_name(shard), f"{where}: {fault}")] if fault else []

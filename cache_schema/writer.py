@@ -7,21 +7,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cache_schema.encoding import (
-    HIDDEN_COLUMN,
-    HIDDEN_NUMPY_DTYPES,
     SCALAR_COLUMNS,
-    all_finite,
     hidden_schema,
     list_array,
     logit_columns,
     shard_schema,
     to_steps,
 )
+from cache_schema.invariants import fault_in_hidden, fault_in_rows
 from cache_schema.manifest import Plan, Receipt, StoredFile, hidden_name, receipt_name, shard_name, write_json
 from cache_schema.sequence import ScoredSequence
 from cache_schema.storage import publish, refused, sha256_of
@@ -40,8 +37,8 @@ class ShardWriter:
     Rows stand in the order they were appended. Memory is bounded by one row group and one sequence's hidden states.
 
     Raises:
-        ValueError: a sequence breaks the format (too many targets, NaN, an id outside the vocabulary, wrong order), or
-            the shard has not the plan's number of sequences.
+        ValueError: a sequence breaks the format (see ``cache_schema.invariants``), or the shard has not the plan's
+            number of sequences.
         StorageError: the disk refused; nothing half-written is left under a final name, and no receipt.
     """
 
@@ -87,7 +84,11 @@ class ShardWriter:
         return self
 
     def append(self, scored: ScoredSequence) -> None:
-        _check(scored, self._plan)
+        fault = fault_in_rows(scored, self._plan) or fault_in_hidden(
+            scored.hidden_states, scored.rows.num_positions, self._plan
+        )
+        if fault:
+            raise ValueError(f"sequence {scored.sequence.sequence_id.hex()}: {fault}")
         self._num_sequences += 1
         self._num_tokens += scored.sequence.num_tokens
         self._num_positions += scored.rows.num_positions
@@ -185,45 +186,6 @@ def _table(group: list[ScoredSequence], plan: Plan) -> pa.Table:
     for name in SCALAR_COLUMNS:
         columns[name] = list_array([getattr(row, name) for row in rows], pa.float32())
     return pa.table(columns, schema=shard_schema(plan))
-
-
-def _check(scored: ScoredSequence, plan: Plan) -> None:
-    """Refuse what a reader could not trust."""
-    sequence, rows = scored.sequence, scored.rows
-    expected = (len(sequence.target_rows(plan.positions)), plan.top_k)
-    where = f"sequence {sequence.sequence_id.hex()}"
-    if expected[0] == 0:
-        raise ValueError(f"{where} has no target position")
-    shapes: dict[str, tuple[int, ...]] = {"token_ids": expected, "logits": expected}
-    shapes["tail_logsumexp"] = (expected[0], len(plan.temperatures))
-    shapes |= dict.fromkeys(("label_logit", "row_mean", "row_std"), expected[:1])
-    for name, shape in shapes.items():
-        if getattr(rows, name).shape != shape:
-            raise ValueError(f"{where}: {name} is {getattr(rows, name).shape}, the plan and the mask say {shape}")
-    vocab_size = plan.tokenizer.vocab_size
-    for name, ids in (("input_ids", sequence.input_ids), ("token_ids", rows.token_ids)):
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            outside = ids.min() if ids.min() < 0 else ids.max()
-            raise ValueError(f"{where}: {name} holds {outside}, outside the vocabulary of {vocab_size}")
-    for name in ("logits", "label_logit", "row_mean", "row_std"):
-        if not np.isfinite(getattr(rows, name)).all():
-            raise ValueError(f"{where}: {name} is not finite")
-    # With K = V the tail is empty and its log-sum-exp is -inf; anything else must be a number.
-    empty_tail = (rows.tail_logsumexp == -np.inf) & (plan.top_k == vocab_size)
-    if not (np.isfinite(rows.tail_logsumexp) | empty_tail).all():
-        raise ValueError(f"{where}: tail_logsumexp is not finite")
-    if (np.diff(rows.logits, axis=1) > 0).any():
-        raise ValueError(f"{where}: logits increase")
-    hidden, states = plan.hidden_states, scored.hidden_states
-    if hidden is None:
-        if states is not None:
-            raise ValueError(f"{where} has hidden states, the plan keeps none")
-        return
-    wanted = (expected[0], hidden.size)
-    if states is None or states.shape != wanted or states.dtype != np.dtype(HIDDEN_NUMPY_DTYPES[hidden.dtype]):
-        raise ValueError(f"{where}: {HIDDEN_COLUMN} must be {wanted} in {hidden.dtype}")
-    if not all_finite(states, hidden.dtype):
-        raise ValueError(f"{where}: {HIDDEN_COLUMN} is not finite")
 
 
 def _column_bytes(path: Path) -> dict[str, int]:

@@ -3,6 +3,7 @@
 import hashlib
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pipeline.describe import describe
 from pipeline.progress import progress_bar
 from workers.device import device_name, resolve_device
 from workers.errors import InputError
-from workers.teacher.checkpoint import identity_of, model_directory, read_config
+from workers.teacher.checkpoint import context_length, end_token_ids, identity_of, model_directory, read_text_config
 from workers.teacher.config import DumpConfig
 from workers.teacher.dump import dump, finished_manifest, remaining_shards
 from workers.teacher.sequences import TokenizedData, read_sequences
@@ -57,17 +58,15 @@ def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
     device = resolve_device(config.engine.device)
     directory = model_directory(config.teacher.model)
     tokenizer = load_tokenizer(str(directory))
-    model_config = read_config(directory)
     vocabulary = vocab_size(tokenizer)
     if config.cache.top_k > vocabulary:
         raise InputError(f"--top-k {config.cache.top_k} is more than the vocabulary of {vocabulary}: lower it.")
-    max_tokens = _max_tokens(config, model_config)
+    max_tokens = _max_tokens(config, context_length(directory))
     data = _read(config, tokenizer, max_tokens)
     identity = identity_of(config.teacher.model, config.teacher.dtype)
     hidden = None
     if config.cache.hidden_states:
-        text_config = model_config.get("text_config", model_config)
-        hidden = HiddenStates(dtype=identity.dtype, size=text_config.get("hidden_size") or text_config["n_embd"])
+        hidden = HiddenStates(dtype=identity.dtype, size=read_text_config(directory).hidden_size)
     plan = Plan(
         teacher=identity,
         tokenizer=TokenizerIdentity(
@@ -84,7 +83,7 @@ def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
             num_truncated=data.num_truncated,
             max_tokens=max_tokens,
         ),
-        responses=_generation(config),
+        responses=_generation(config, directory, tokenizer),
         engine=_engine(config, device, cache_dir),
         positions=config.cache.positions,
         top_k=config.cache.top_k,
@@ -113,9 +112,8 @@ def run(prepared: Prepared, config: DumpConfig, cache_dir: Path) -> dict[str, An
             plan.engine,
             vocab_size=plan.tokenizer.vocab_size,
             device=prepared.device,
-            eos_token_id=prepared.tokenizer.eos_token_id,
         )
-        with progress_bar("scoring") as progress:
+        with progress_bar("answering and scoring" if plan.responses else "scoring") as progress:
             dump(cache_dir, plan, prepared.sequences, teacher, prepared.tokenizer, progress)
     seconds = time.perf_counter() - started
     scored = sum(len(plan.shard_range(shard)) for shard in remaining)
@@ -139,9 +137,9 @@ def expected_size(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _max_tokens(config: DumpConfig, model_config: dict[str, Any]) -> int:
+def _max_tokens(config: DumpConfig, context: int | None) -> int:
     """The longest sequence: as asked, or 2,048, or what the teacher's positions cover if that is less."""
-    asked, context = config.data.max_tokens, model_config.get("max_position_embeddings")
+    asked = config.data.max_tokens
     if asked is None:
         return min(_DEFAULT_MAX_TOKENS, context or _DEFAULT_MAX_TOKENS)
     if context and asked > context:
@@ -173,10 +171,11 @@ def _sha256_of_ids(sequences: list[TokenSequence]) -> str:
     return digest.hexdigest()
 
 
-def _generation(config: DumpConfig) -> Generation | None:
+def _generation(config: DumpConfig, model_dir: Path, tokenizer: Any) -> Generation | None:
     if config.responses.source == "dataset":
         return None
-    return Generation(**config.responses.model_dump(exclude={"source"}))
+    choices = config.responses.model_dump(exclude={"source"})
+    return Generation(**choices, end_token_ids=end_token_ids(model_dir, tokenizer))
 
 
 def _engine(config: DumpConfig, device: torch.device, cache_dir: Path) -> Engine:
@@ -192,6 +191,7 @@ def _engine(config: DumpConfig, device: torch.device, cache_dir: Path) -> Engine
         num_threads=num_threads,
         tokens_per_batch=config.engine.tokens_per_batch,
         versions={
+            "logit-cache": version("logit-cache"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "pyarrow": pyarrow.__version__,

@@ -26,10 +26,12 @@ def verify_cache(cache_dir: Path) -> dict[str, Any]:
         reader = CacheReader(cache_dir)
         if reader.has_hidden_states:
             recomputed = min(_RECOMPUTED_SEQUENCES, len(reader))
-            try:
-                require_head_of_cache(reader, load_head(reader.lm_head_path, torch.device("cpu")), recomputed)
-            except CacheError as error:
-                errors.append({"file": LM_HEAD_NAME, "reason": str(error)})
+            with progress_bar("recomputing") as progress:
+                try:
+                    require_head_of_cache(reader, load_head(reader.lm_head_path, torch.device("cpu")), recomputed)
+                except CacheError as error:
+                    errors.append({"file": LM_HEAD_NAME, "reason": str(error)})
+                progress(recomputed, recomputed)
     return {
         "ok": not errors,
         "checked_bytes": report.checked_bytes,

@@ -6,6 +6,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    FalconH1Config,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
@@ -19,7 +20,7 @@ from tests.tiny import tiny_tokenizer
 from tests.tiny_models import build_tiny_model, save_tiny_llama
 from workers.errors import InputError
 from workers.teacher import lm_head
-from workers.teacher.checkpoint import body_of, require_vocabulary
+from workers.teacher.checkpoint import body_of, require_plain_head, require_vocabulary
 from workers.teacher.lm_head import LMHead, chunks, float32_matmul, head_of, load_head, save_head, score
 
 CPU = torch.device("cpu")
@@ -135,6 +136,28 @@ def test_chunking_changes_memory_not_the_result(monkeypatch, rows_per_chunk):
     torch.testing.assert_close(head.logits_at(hidden, ids), whole_at, rtol=1e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_head_is_upcast_once_for_all_chunks_with_the_same_result(monkeypatch, dtype):
+    head, hidden, labels = random_head(dtype=dtype, **HEADS["everything"]), random_hidden(dtype=dtype), random_labels()
+    monkeypatch.setattr(lm_head, "CHUNK_BYTES", 5 * 4 * 101)
+    upcast = []
+    monkeypatch.setattr(
+        lm_head,
+        "exact_top_k",
+        lambda logits, k, run=lm_head.exact_top_k: upcast.append(logits.clone()) or run(logits, k),
+    )
+    score(head, hidden, labels, 7, TEMPERATURES)
+    assert len(upcast) == 5
+    for number, logits in enumerate(upcast):
+        assert torch.equal(logits, head.logits(hidden[5 * number : 5 * number + 5]))
+
+
+def test_chunks_are_larger_on_a_gpu():
+    row = lm_head.CHUNK_BYTES // 3
+    assert len(list(chunks(24, row))) == len(list(chunks(24, row, CPU))) == 8
+    assert len(list(chunks(24, row, torch.device("cuda")))) == 1
+
+
 @pytest.mark.parametrize(
     ("num_rows", "bytes_per_row", "sizes"),
     [(0, 8, [0]), (5, 8, [5]), (5, 4, [5]), (25, 8, [12, 12, 1]), (3, 1000, [1, 1, 1]), (4, 0, [4])],
@@ -225,6 +248,43 @@ def test_the_families_exercise_what_they_are_named_for():
     assert bias is not None
     assert float(bias.detach().abs().min()) > 0
     assert heads["llama, tied"].bias_V is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "config"), FAMILIES.values(), ids=FAMILIES.keys())
+def test_a_model_whose_logits_are_head_of_hidden_state_passes_in_train_mode_too(family, config, dtype):
+    model = build_tiny_model(tiny_tokenizer(), family, dtype=dtype, vocab_size=400, **config).train()
+    model.base_model.eval()
+    modes = [module.training for module in model.modules()]
+    require_plain_head(model, 384)
+    assert [module.training for module in model.modules()] == modes
+    assert len(set(modes)) == 2
+
+
+def test_an_architecture_that_does_more_to_its_logits_is_refused():
+    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+
+    def falcon(multiplier):
+        config = {**mamba, "head_dim": 16, "num_hidden_layers": 1, "lm_head_multiplier": multiplier}
+        return build_tiny_model(tiny_tokenizer(), FalconH1Config, **config).train()
+
+    require_plain_head(falcon(1.0), 384)
+    model = falcon(0.5)
+    with pytest.raises(
+        InputError, match="FalconH1ForCausalLM: its logits are not its LM head on its last hidden state"
+    ):
+        require_plain_head(model, 384)
+    assert model.training
+
+
+def test_a_head_is_probed_whatever_weight_is_not_finite():
+    model = build_tiny_model(tiny_tokenizer(), LlamaConfig)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 4] = torch.nan
+    with pytest.raises(
+        InputError, match=r"NaN or infinity at its own probe: its weight model\.layers\.2\.mlp\.up_proj"
+    ):
+        require_plain_head(model, 384)
 
 
 @pytest.mark.parametrize("family", [LlamaConfig, PhiConfig])

@@ -14,7 +14,15 @@ from cache_schema import (
     Receipt,
     read_manifest,
 )
-from cache_schema.manifest import MANIFEST_NAME, PLAN_NAME, StoredFile, read_json, require_same_plan, write_json
+from cache_schema.manifest import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    Generation,
+    StoredFile,
+    read_json,
+    require_same_plan,
+    write_json,
+)
 from tests.caches import make_plan, make_scoreds, write_cache
 
 PLAN_JSON = """{
@@ -143,6 +151,19 @@ def test_the_manifest_is_exactly_this_json(tmp_path):
     assert read_manifest(tmp_path) == manifest
 
 
+def test_how_the_teacher_responded_is_exactly_this_json():
+    generation = Generation(max_new_tokens=9, temperature=0.5, top_p=1.0, seed=3, end_token_ids=(2, 7))
+    text = '{"max_new_tokens":9,"temperature":0.5,"top_p":1.0,"seed":3,"end_token_ids":[2,7]}'
+    assert generation.model_dump_json() == text
+    assert Generation.model_validate_json(text) == generation
+
+
+def test_a_tokenizer_may_have_folders(cache):
+    name = "tokenizer/additional_chat_templates/tool_use.jinja"
+    change(cache / MANIFEST_NAME, lambda document: document["files"][0].update(name=name))
+    assert read_manifest(cache).files[0].name == name
+
+
 def test_the_last_shard_may_be_short():
     plan = make_plan(num_sequences=7, sequences_per_shard=4)
     assert [list(plan.shard_range(shard)) for shard in range(plan.num_shards)] == [[0, 1, 2, 3], [4, 5, 6]]
@@ -212,7 +233,22 @@ def test_a_damaged_document_is_named_with_what_to_do(cache, text):
 
 @pytest.mark.parametrize(
     "name",
-    ["../x", "/etc/passwd", "tokenizer/../../x", "..", ".hidden", "a/b", "tokenizer/", "", "a\nb", "a\n", "C:\\x"],
+    [
+        "../x",
+        "/etc/passwd",
+        "tokenizer/../../x",
+        "..",
+        ".hidden",
+        "a/b",
+        "tokenizer/",
+        "tokenizer/a/../b",
+        "tokenizer//a",
+        "tokenizer/.a/b",
+        "",
+        "a\nb",
+        "a\n",
+        "C:\\x",
+    ],
 )
 def test_no_file_name_in_a_manifest_can_leave_the_directory(cache, name):
     change(cache / MANIFEST_NAME, lambda document: document["files"][0].update(name=name))
@@ -222,6 +258,17 @@ def test_no_file_name_in_a_manifest_can_leave_the_directory(cache, name):
 
 def test_a_plan_is_the_same_as_itself(tmp_path):
     require_same_plan(tmp_path, make_plan(), make_plan())
+
+
+def test_the_same_teacher_under_another_name_is_the_same_plan(tmp_path):
+    plan = make_plan()
+    renamed = plan.model_copy(update={"teacher": plan.teacher.model_copy(update={"name": "moved"})})
+    require_same_plan(tmp_path, plan, renamed)
+    other = plan.model_copy(
+        update={"teacher": plan.teacher.model_copy(update={"name": "moved", "fingerprint": "f" * 64})}
+    )
+    with pytest.raises(CacheMismatchError, match=r"its teacher\.fingerprint is aaaa.*, this command's is ffff"):
+        require_same_plan(tmp_path, plan, other)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Shards: what goes in comes out, what the format does not allow stays out, and a shard that fails was never there."""
 
 import dataclasses
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from cache_schema import (
     TokenSequence,
 )
 from cache_schema.encoding import from_steps, to_steps
+from cache_schema.storage import discard_leftovers
 from tests.caches import content, make_plan, make_scored, make_scoreds, with_rows, write_cache, write_shard
 
 REPOSITORY = Path(__file__).parents[1]
@@ -89,11 +91,19 @@ def cache(tmp_path_factory):
     return write_cache(tmp_path_factory.mktemp("caches") / "cache", plan, written), plan, written
 
 
+def with_odd_logits(scored, odd):
+    """Return the sequence with these logits at every position; a label outside the top k has the last."""
+    labels = scored.sequence.input_ids[scored.sequence.target_rows("response") + 1]
+    places = scored.rows.token_ids == labels[:, None]
+    label_logit = np.where(places.any(axis=1), odd[places.argmax(axis=1)], odd[-1])
+    return with_rows(scored, logits=np.tile(odd, (len(labels), 1)), label_logit=label_logit)
+
+
 def test_what_is_written_is_read_back_bit_for_bit_where_the_plan_has_no_step(tmp_path):
     plan = make_plan(logit_step=0.0)
     # Any float32 that is finite, denormal numbers and both zeros among them.
     odd = np.array([3.4e38, 1.5, 1e-45, 0.0, -0.0, -1e-45, -1 / 3, -3.4e38], np.float32)
-    written = [with_rows(scored, logits=np.tile(odd, (scored.rows.num_positions, 1))) for scored in make_scoreds(plan)]
+    written = [with_odd_logits(scored, odd) for scored in make_scoreds(plan)]
     reader = CacheReader(write_cache(tmp_path / "cache", plan, written))
     for read, scored in zip(reader, written, strict=True):
         assert read.rows.logits.tobytes() == scored.rows.logits.tobytes()
@@ -245,6 +255,11 @@ REFUSED = {
     "a last logit above": (lambda s: with_rows(s, logits=last(s.rows.logits, 99.0)), "logits increase"),
     "id = V": (lambda s: with_rows(s, token_ids=first(s.rows.token_ids, 97)), "token_ids holds 97, outside"),
     "negative id": (lambda s: with_rows(s, token_ids=first(s.rows.token_ids, -1)), "token_ids holds -1, outside"),
+    "an id twice": (lambda s: with_rows(s, token_ids=first(s.rows.token_ids, s.rows.token_ids[0, 1])), "stands twice"),
+    "a label's own logit": (
+        lambda s: with_rows(s, label_logit=first(s.rows.label_logit, 99.0)),
+        "a label's logit differs|a label outside the top k has a logit above it",
+    ),
     "input id = V": (lambda s: with_input_id(s, 97), "input_ids holds 97, outside the vocabulary of 97"),
     "negative input id": (lambda s: with_input_id(s, -1), "input_ids holds -1, outside"),
     "too large for the steps": (lambda s: with_rows(s, logits=first(s.rows.logits, 1e9)), "store float32"),
@@ -413,7 +428,13 @@ def test_a_killed_writer_leaves_no_shard_and_the_next_one_writes_the_same_bytes(
         assert process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert sorted(content(killed)) == [".shard-00000.hidden.parquet.tmp", ".shard-00000.parquet.tmp"]
+    left = sorted(content(killed))
+    assert [re.sub(r"[0-9a-f]{8}", "HEX", name) for name in left] == [
+        ".shard-00000.hidden.parquet.HEX.tmp",
+        ".shard-00000.parquet.HEX.tmp",
+    ]
+    for name in ("shard-00000.parquet", "shard-00000.hidden.parquet"):
+        discard_leftovers(killed / name)
     for directory in (killed, undisturbed):
         write_shard(directory, plan, 0, make_scoreds(plan))
     assert content(killed) == content(undisturbed)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cache_schema import StorageError
-from cache_schema.storage import publish, publish_directory, publish_text, sha256_of
+from cache_schema.storage import discard_leftovers, is_leftover, publish, publish_directory, publish_text, sha256_of
 from tests.caches import make_plan, make_scoreds, write_shard
 
 USER_WITHOUT_RIGHTS = 65534
@@ -64,6 +64,38 @@ def test_a_directory_is_published_whole_and_not_over_another(tmp_path):
     ):
         (temporary / "b").write_text("b")
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["tokenizer", "tokenizer/a"]
+
+
+def test_two_writers_of_one_name_have_a_temporary_file_each_and_the_last_one_wins(tmp_path):
+    with publish(tmp_path / "file") as one, publish(tmp_path / "file") as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "one"}
+
+
+def test_what_killed_writers_left_of_a_name_is_discarded_and_nothing_else(tmp_path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from cache_schema.storage import publish, publish_directory
+folder = Path(sys.argv[1])
+with publish(folder / "file") as one, publish(folder / "file.json") as two, publish_directory(folder / "model") as new:
+    one.write_text("half"), two.write_text("half"), (new / "weights").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    for _ in range(2):
+        assert run_python(code, tmp_path).returncode == -9
+    kept = [tmp_path / ".file.tmp", tmp_path / ".file.json", tmp_path / "file", tmp_path / "xfile.01234567.tmp"]
+    for path in kept:
+        path.touch()
+    assert sum(is_leftover(path) for path in tmp_path.iterdir()) == 6
+    discard_leftovers(tmp_path / "file")
+    assert sum(is_leftover(path) for path in tmp_path.iterdir()) == 4
+    discard_leftovers(tmp_path / "file.json")
+    discard_leftovers(tmp_path / "model")
+    discard_leftovers(tmp_path / "nothing")
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 def test_a_directory_that_fails_leaves_nothing(tmp_path):

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from cache_schema import CacheCorruptError, CacheIncompleteError, CacheReader, verify
-from cache_schema.verify import check_rows
+from cache_schema.invariants import fault_in_rows
 from tests.caches import (
     flip_bit,
     make_plan,
@@ -63,8 +63,12 @@ def test_a_whole_cache_is_ok_and_every_byte_was_hashed(cache):
     hashed = [path for path in cache.rglob("*") if path.is_file() and not path.name.startswith(("plan", "manifest"))]
     expected = sum(path.stat().st_size for path in hashed if not path.match("shard-*.json"))
     assert report.checked_bytes == expected
-    assert calls[-1] == (expected, expected)
+    # Once for their hashes; those of the shards again, row by row, for what they hold.
+    total = expected + sum(path.stat().st_size for path in cache.glob("shard-*.parquet"))
+    assert {of for _, of in calls} == {total}
     assert calls == sorted(calls)
+    assert [done for done, _ in calls].index(total) >= len(calls) - 2
+    assert len([done for done, _ in calls if expected < done <= total]) >= PLAN.num_sequences
 
 
 def test_without_a_manifest_there_is_nothing_to_verify(cache):
@@ -215,16 +219,17 @@ def put(place, value):
         ("top_logit_steps", edited(lambda values: values[:-1]), "broadcast"),
         ("label_logit", edited(lambda values: values[:-1], dtype=np.float32), "cannot reshape"),
         ("tail_logsumexp", edited(lambda values: values[:-1], dtype=np.float32), "cannot reshape"),
-        ("token_ids", edited(put(1, 97)), "token id outside the vocabulary of 97"),
-        ("token_ids", edited(put(1, -1)), "token id outside the vocabulary of 97"),
+        ("token_ids", edited(put(1, 97)), "token_ids holds 97, outside the vocabulary of 97"),
+        ("token_ids", edited(put(1, -1)), "token_ids holds -1, outside the vocabulary of 97"),
         ("token_ids", edited(lambda values: np.r_[values[0], values[0], values[2:]]), "stands twice in one position"),
         ("logit_drops", edited(put(0, -1)), "logits increase"),
         ("label_logit", edited(put(0, np.nan), dtype=np.float32), "label_logit is not finite"),
         ("label_logit", edited(put(0, 99), dtype=np.float32), "label"),
         ("row_mean", edited(put(0, np.inf), dtype=np.float32), "row_mean is not finite"),
         ("row_std", edited(put(-1, np.nan), dtype=np.float32), "row_std is not finite"),
-        ("tail_logsumexp", edited(put(0, np.nan), dtype=np.float32), "tail_logsumexp is not a number"),
-        ("tail_logsumexp", edited(put(0, np.inf), dtype=np.float32), "tail_logsumexp is not a number"),
+        ("tail_logsumexp", edited(put(0, np.nan), dtype=np.float32), "tail_logsumexp is not finite"),
+        ("tail_logsumexp", edited(put(0, np.inf), dtype=np.float32), "tail_logsumexp is not finite"),
+        ("tail_logsumexp", edited(put(0, -np.inf), dtype=np.float32), "tail_logsumexp is not finite"),
     ],
 )
 def test_a_row_that_breaks_the_format_is_found_behind_right_hashes(cache, column, edit, said):
@@ -244,7 +249,7 @@ def test_a_hidden_state_that_is_no_number_is_found_behind_right_hashes(cache, bi
     rewrite_column(cache, PLAN, 1, "shard-00001.hidden.parquet", "hidden_states", spoil)
     report = verify(cache)
     assert [damage.file for damage in report.errors] == ["shard-00001.hidden.parquet"]
-    assert "a hidden state is not finite" in report.errors[0].reason
+    assert "hidden_states is not finite" in report.errors[0].reason
 
 
 def test_hidden_states_of_another_width_are_found_behind_right_hashes(cache):
@@ -288,20 +293,20 @@ def test_counts_in_a_receipt_that_are_not_those_of_the_rows_are_found(cache):
 def test_a_label_must_have_one_logit_in_the_top_k_and_beside_it():
     plan = make_plan(vocab_size=8, top_k=8, logit_step=0.0)
     scored = make_scored(plan, np.random.default_rng(0), 12)
-    assert check_rows(scored, plan) is None
+    assert fault_in_rows(scored, plan) is None
     wrong = with_rows(scored, label_logit=scored.rows.label_logit + np.float32(0.01))
-    assert check_rows(wrong, plan) == "a label's logit differs from the same id's in the top k"
+    assert fault_in_rows(wrong, plan) == "a label's logit differs from the same id's in the top k"
     # Half a step is what the grid may take away, and no more.
     coarse = make_plan(vocab_size=8, top_k=8, logit_step=0.03)
-    assert check_rows(wrong, coarse) is None
+    assert fault_in_rows(wrong, coarse) is None
 
 
 def test_a_label_outside_the_top_k_cannot_be_above_it():
     plan = make_plan(top_k=1, logit_step=0.0)
     scored = make_scored(plan, np.random.default_rng(0), 12)
-    assert check_rows(scored, plan) is None
+    assert fault_in_rows(scored, plan) is None
     above = with_rows(scored, label_logit=scored.rows.logits[:, 0] + np.float32(0.5))
-    assert check_rows(above, plan) in (
+    assert fault_in_rows(above, plan) in (
         "a label outside the top k has a logit above it",
         "a label's logit differs from the same id's in the top k",
     )

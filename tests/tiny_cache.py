@@ -36,7 +36,7 @@ def random_sequences(num_sequences=7, vocab_size=384, seed=0):
 def load_teacher(model_dir, plan):
     """The engine the cache of this plan was dumped with, or is to be."""
     return TransformersTeacher(
-        str(model_dir), plan.teacher, plan.engine, vocab_size=plan.tokenizer.vocab_size, device=CPU, eos_token_id=None
+        str(model_dir), plan.teacher, plan.engine, vocab_size=plan.tokenizer.vocab_size, device=CPU
     )
 
 

@@ -237,7 +237,7 @@ def _hidden_state_source(config: DistillConfig, reader: CacheReader, device: tor
     plan = reader.plan
     identity = identity_of(config.teacher, plan.teacher.dtype)
     teacher = TransformersTeacher(
-        config.teacher, identity, plan.engine, vocab_size=plan.tokenizer.vocab_size, device=device, eos_token_id=None
+        config.teacher, identity, plan.engine, vocab_size=plan.tokenizer.vocab_size, device=device
     )
     return LiveHiddenStates(reader, teacher)
 

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cache_schema.manifest import Dtype, TeacherIdentity
 from cache_schema.storage import sha256_of
 from workers.errors import InputError
+from workers.teacher.lm_head import head_of
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt"]
 # Keys of config.json that say nothing about what the model computes.
 _INCIDENTAL_KEYS = {"_name_or_path", "transformers_version", "use_cache"}
+_PROBE_TOKENS = 8
 
 
 def model_directory(model: str) -> Path:
@@ -63,11 +65,55 @@ def identity_of(model: str, dtype: str | None) -> TeacherIdentity:
     )
 
 
-def load_model(model: str, dtype: torch.dtype, **config_changes: Any) -> Any:
+def read_text_config(model_dir: Path) -> Any:
+    """The transformers config of the language model, which in a multimodal one is a part of the whole's.
+
+    Its ``hidden_size`` and the like are found under these names whatever the family calls them in its config.json.
+
+    Raises:
+        InputError: config.json is not one of a model that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model_dir, trust_remote_code=False).get_text_config()
+    except Exception as error:  # transformers raises a dozen types for a bad config
+        raise InputError(
+            f"{model_dir / 'config.json'} is no config of a language model: {_first_line(error)}. Give the folder of "
+            f"a causal language model that this transformers version knows."
+        ) from error
+
+
+def context_length(model_dir: Path) -> int | None:
+    """How many positions a model's config says it can read; None where it says nothing (no learned positions).
+
+    Raises:
+        InputError: see ``read_text_config``.
+    """
+    length: int | None = getattr(read_text_config(model_dir), "max_position_embeddings", None)
+    return length
+
+
+def end_token_ids(model_dir: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The ids that end a response, ascending: the tokenizer's EOS and those of the model's generation_config.json.
+
+    Raises:
+        InputError: generation_config.json cannot be read, or its eos_token_id is neither an id nor a list of ids.
+    """
+    path = model_dir / "generation_config.json"
+    named = _read_json_object(path).get("eos_token_id") if path.exists() else None
+    ids = named if isinstance(named, list) else [named]
+    ids = [token_id for token_id in [*ids, tokenizer.eos_token_id] if token_id is not None]
+    if not all(type(token_id) is int and token_id >= 0 for token_id in ids):
+        raise InputError(f"{path} has eos_token_id={json.dumps(named)}: write a token id or a list of them.")
+    return tuple(sorted(set(ids)))
+
+
+def load_model(model: str, dtype: torch.dtype) -> Any:
     """A causal language model in eval mode on the CPU, from safetensors only, no code from the model's folder.
 
     Raises:
-        InputError: the files do not make such a model.
+        InputError: the files do not make such a model, or leave a weight of it out, which would then be random.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -75,13 +121,20 @@ def load_model(model: str, dtype: torch.dtype, **config_changes: Any) -> Any:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     directory = model_directory(model)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, **config_changes
+        loading: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # transformers and safetensors raise a dozen types for a bad folder
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{model} does not load as a causal language model: {reason}") from error
-    return loaded.eval()  # type: ignore[no-untyped-call]
+        raise InputError(f"{model} does not load as a causal language model: {_first_line(error)}") from error
+    loaded, report = loading
+    # A mismatched key stands with both shapes. Tied weights are stored once and reported in neither set.
+    absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if absent:
+        raise InputError(
+            f"{model} has no weight {absent[0]} of the shape its config.json asks for ({len(absent)} such weights), "
+            f"so it would be random: give the whole checkpoint of a causal language model, or correct its config.json."
+        )
+    return loaded.eval()
 
 
 def require_vocabulary(model: Any, vocab_size: int) -> None:
@@ -124,36 +177,67 @@ def body_of(model: Any) -> Any:
     return model.base_model
 
 
-def check_head(model: Any, logits_NV: Tensor, input_ids: Tensor) -> None:
+def require_plain_head(model: Any, vocab_size: int) -> None:
     """Refuse an architecture whose logits are not head(final-norm hidden state), by comparing on a few tokens.
 
-    Args:
-        logits_NV: ours, float32, at every position of ``input_ids`` [1, N].
+    Leaves the mode of every module, train or eval, as it was.
 
     Raises:
-        InputError: they differ by more than the model's own rounding.
+        InputError: they differ by more than the model's own rounding, or its hidden states are not finite.
     """
-    with torch.no_grad():
-        theirs_NV = model(input_ids=input_ids, use_cache=False).logits[0, :, : logits_NV.shape[1]].float()
+    parameter = next(model.parameters())
+    input_ids = torch.arange(min(_PROBE_TOKENS, vocab_size), device=parameter.device)[None]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            hidden_ND = body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state[0]
+            ours_NV = head_of(model, vocab_size).logits(hidden_ND)
+            theirs_NV = model(input_ids=input_ids, use_cache=False).logits[0, :, :vocab_size].float()
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not bool(torch.isfinite(hidden_ND).all()):
+        raise not_finite(model, "its own probe")
     # The model rounds each logit to its dtype; float32 sums differ by their order alone.
-    precision = {torch.bfloat16: 2**-6, torch.float16: 2**-9}.get(next(model.parameters()).dtype, 1e-4)
+    precision = {torch.bfloat16: 2**-6, torch.float16: 2**-9}.get(parameter.dtype, 1e-4)
     tolerance = precision * max(1.0, float(theirs_NV.abs().max()))
-    difference = float((theirs_NV - logits_NV).abs().max())
+    difference = float((theirs_NV - ours_NV).abs().max())
     if not difference <= tolerance:
         raise InputError(
             f"{type(model).__name__}: its logits are not its LM head on its last hidden state (they differ by "
-            f"{difference:.3g}, rounding explains {tolerance:.2g}). This architecture is not supported; dump with "
-            f"an engine that returns logits."
+            f"{difference:.3g}, rounding explains {tolerance:.2g}). This architecture is not supported: give a model "
+            f"of another one."
         )
 
 
+def not_finite(model: Any, where: str) -> InputError:
+    """The error that a model's hidden states hold NaN or infinity ``where``, with what it comes from."""
+    weight = first_nonfinite_weight(model)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    cause = f"its weight {weight} is not finite" if weight else f"{dtype} overflows"
+    return InputError(
+        f"{model.name_or_path or type(model).__name__}: its hidden states hold NaN or infinity at {where}: {cause}. "
+        f"Repair the checkpoint, or give another --dtype."
+    )
+
+
 def read_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
+    return _read_json_object(directory / "config.json")
+
+
+def _read_json_object(path: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}. Restore the model's folder.") from error
-    return config
+    if not isinstance(document, dict):
+        raise InputError(f"{path} holds no JSON object. Restore the model's folder.")
+    return document
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _hub_snapshot(model: str) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,17 +18,21 @@ from cache_schema.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
     TOKENIZER_NAME,
+    Generation,
     Manifest,
     Plan,
     Receipt,
+    StoredFile,
+    hidden_name,
     read_json,
     read_manifest,
     receipt_name,
     require_same_plan,
+    shard_name,
     write_json,
 )
 from cache_schema.sequence import ScoredSequence, TokenSequence, TopKRows
-from cache_schema.storage import exclusive, publish_directory
+from cache_schema.storage import discard_leftovers, exclusive, is_leftover, publish_directory
 from cache_schema.writer import ShardWriter, stored_file
 from workers.teacher.lm_head import LMHead, save_head, score
 from workers.teacher.teacher import Teacher
@@ -59,42 +64,71 @@ def dump(
     tokenizer: Any,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write the plan, score every shard without a receipt, then commit the cache.
+    """Write the plan, tokenizer and LM head, score every shard without a receipt, then commit the cache.
+
+    A directory that another dump began keeps its plan, which can differ in the teacher's name alone.
 
     Args:
         sequences: in data set order; prompts alone where the plan lets the teacher respond.
-        progress: called with (sequences done, of sequences); finished shards count as done.
+        progress: called with (sequences done, of sequences); finished shards count as done. Where the teacher
+            responds, every sequence counts twice: once answered, once scored.
     """
-    remaining_shards(cache_dir, plan)  # refuses another plan's directory before anything is written
-    if not (cache_dir / PLAN_NAME).exists():
-        write_json(cache_dir / PLAN_NAME, plan)
-    with exclusive(cache_dir / PLAN_NAME):
+    with exclusive(cache_dir):
         remaining = remaining_shards(cache_dir, plan)
-        num_done = len(sequences) - sum(len(plan.shard_range(shard)) for shard in remaining)
+        finished = finished_manifest(cache_dir)
+        if finished is not None:
+            return finished
+        for name in (PLAN_NAME, MANIFEST_NAME):
+            discard_leftovers(cache_dir / name)
+        if (cache_dir / PLAN_NAME).exists():
+            plan = read_json(cache_dir / PLAN_NAME, Plan)
+        else:
+            write_json(cache_dir / PLAN_NAME, plan)
+        # Before the first shard: what cannot be stored shows in seconds, not after the last one.
+        files = _store_head_and_tokenizer(cache_dir, plan, teacher.lm_head, tokenizer)
+        steps = 2 if plan.responses else 1
+        total = steps * len(sequences)
+        num_done = total - steps * sum(len(plan.shard_range(shard)) for shard in remaining)
+
+        def advance(num_sequences: int) -> None:
+            nonlocal num_done
+            num_done += num_sequences
+            if progress:
+                progress(num_done, total)
+
         for shard in remaining:
+            for name in (shard_name(shard), hidden_name(shard), receipt_name(shard)):
+                discard_leftovers(cache_dir / name)
             with ShardWriter(cache_dir, plan, shard) as writer:
-                for scored in _score_shard(plan, shard, sequences, teacher):
-                    writer.append(scored)
-                    num_done += 1
-                    if progress:
-                        progress(num_done, len(sequences))
-        return commit_cache(cache_dir, plan, teacher.lm_head, tokenizer)
+                for batch in _score_shard(plan, shard, sequences, teacher, advance):
+                    for scored in batch:
+                        writer.append(scored)
+                    advance(len(batch))
+        return _commit(cache_dir, plan, files)
 
 
-def commit_cache(cache_dir: Path, plan: Plan, head: LMHead, tokenizer: Any) -> Manifest:
-    """Write tokenizer, LM head and, last, the manifest."""
+def _store_head_and_tokenizer(cache_dir: Path, plan: Plan, head: LMHead, tokenizer: Any) -> tuple[StoredFile, ...]:
+    for name in (LM_HEAD_NAME, TOKENIZER_NAME):
+        discard_leftovers(cache_dir / name)
     names = []
     if plan.hidden_states:
         save_head(head, cache_dir / LM_HEAD_NAME)
         names.append(LM_HEAD_NAME)
-    if not (cache_dir / TOKENIZER_NAME).exists():
-        with publish_directory(cache_dir / TOKENIZER_NAME) as temporary:
+    folder = cache_dir / TOKENIZER_NAME
+    if not folder.exists():
+        with publish_directory(folder) as temporary:
             tokenizer.save_pretrained(temporary)
-    names += [f"{TOKENIZER_NAME}/{file.name}" for file in sorted((cache_dir / TOKENIZER_NAME).iterdir())]
+    # Several chat templates stand in a folder of their own.
+    names += [path.relative_to(cache_dir).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    return tuple(stored_file(cache_dir, name) for name in names)
+
+
+def _commit(cache_dir: Path, plan: Plan, files: tuple[StoredFile, ...]) -> Manifest:
+    """Write the manifest, after which nothing of the cache changes."""
     manifest = Manifest(
         plan=plan,
         receipts=tuple(read_json(cache_dir / receipt_name(shard), Receipt) for shard in range(plan.num_shards)),
-        files=tuple(stored_file(cache_dir, name) for name in names),
+        files=files,
     )
     write_json(cache_dir / MANIFEST_NAME, manifest)
     return manifest
@@ -105,11 +139,15 @@ def finished_manifest(cache_dir: Path) -> Manifest | None:
     return read_manifest(cache_dir) if (cache_dir / MANIFEST_NAME).exists() else None
 
 
-def batches(sequences: Sequence[TokenSequence], tokens_per_batch: int) -> Iterator[list[TokenSequence]]:
-    """Longest first, so that memory is tight at once or never; as many as fit ``tokens_per_batch`` when padded."""
+def batches(sequences: Sequence[TokenSequence], tokens_per_batch: int, extra: int = 0) -> Iterator[list[TokenSequence]]:
+    """Longest first, so that memory is tight at once or never; as many as fit ``tokens_per_batch`` when padded.
+
+    Args:
+        extra: tokens that each sequence will grow by.
+    """
     batch: list[TokenSequence] = []
     for sequence in sorted(sequences, key=lambda s: (-s.num_tokens, s.sequence_id)):
-        if batch and (len(batch) + 1) * batch[0].num_tokens > tokens_per_batch:
+        if batch and (len(batch) + 1) * (batch[0].num_tokens + extra) > tokens_per_batch:
             yield batch
             batch = []
         batch.append(sequence)
@@ -118,50 +156,66 @@ def batches(sequences: Sequence[TokenSequence], tokens_per_batch: int) -> Iterat
 
 
 def _score_shard(
-    plan: Plan, shard: int, sequences: Sequence[TokenSequence], teacher: Teacher
-) -> Iterator[ScoredSequence]:
+    plan: Plan, shard: int, sequences: Sequence[TokenSequence], teacher: Teacher, answered: Callable[[int], None]
+) -> Iterator[list[ScoredSequence]]:
+    """Score a shard batch by batch; ``answered`` is called with the number of responses the teacher has written."""
     members = [sequences[index] for index in plan.shard_range(shard)]
     if plan.responses is not None:
-        members = _respond(plan, shard, members, teacher)
+        members = _respond(plan, plan.responses, shard, members, teacher, answered)
     for batch in batches(members, plan.engine.tokens_per_batch):
-        states = teacher.hidden_states(batch, plan.positions)
-        for sequence, hidden_PD in zip(batch, states, strict=True):
-            yield score_sequence(plan, sequence, hidden_PD, teacher.lm_head)
+        yield score_batch(plan, batch, teacher.hidden_states(batch, plan.positions), teacher.lm_head)
 
 
-def _respond(plan: Plan, shard: int, prompts: list[TokenSequence], teacher: Teacher) -> list[TokenSequence]:
-    assert plan.responses is not None
-    longest = plan.responses.max_new_tokens
+def _respond(
+    plan: Plan,
+    generation: Generation,
+    shard: int,
+    prompts: list[TokenSequence],
+    teacher: Teacher,
+    answered: Callable[[int], None],
+) -> list[TokenSequence]:
+    responses: list[TokenSequence] = []
     # A generated batch keeps its keys and values, so it is sized by the tokens it will have in the end.
-    sized = batches(prompts, max(plan.engine.tokens_per_batch, longest) * 4)
-    answered: list[TokenSequence] = []
+    sized = batches(prompts, plan.engine.tokens_per_batch, extra=generation.max_new_tokens)
     for number, batch in enumerate(sized):
         # One seed per batch of a shard: the same numbers whichever shards this process scores.
-        seed = plan.responses.seed * 1_000_003 + shard * 1_009 + number
-        answered += teacher.respond(batch, plan.responses, seed % 2**63)
-    return answered
+        seed = generation.seed * 1_000_003 + shard * 1_009 + number
+        responses += teacher.respond(batch, generation, seed % 2**63)
+        answered(len(batch))
+    return responses
 
 
-def score_sequence(plan: Plan, sequence: TokenSequence, hidden_PD: Tensor, head: LMHead) -> ScoredSequence:
-    """Logits, tails and statistics of one sequence's target rows."""
-    labels = sequence.input_ids[sequence.target_rows(plan.positions) + 1]
-    labels_P = torch.from_numpy(labels).long().to(hidden_PD.device)
+def score_batch(
+    plan: Plan, batch: Sequence[TokenSequence], states: Sequence[Tensor], head: LMHead
+) -> list[ScoredSequence]:
+    """Logits, tails and statistics at the target rows of a batch, all of them in one call and one copy a column.
+
+    Args:
+        states: hidden states at each sequence's target rows. [P_i, D] each
+    """
+    labels = np.concatenate([sequence.input_ids[sequence.target_rows(plan.positions) + 1] for sequence in batch])
+    hidden_ND = torch.cat(list(states))
+    labels_N = torch.from_numpy(labels).long().to(hidden_ND.device)
     with torch.inference_mode():
-        top = score(head, hidden_PD, labels_P, plan.top_k, plan.temperatures)
-    rows = TopKRows(
-        token_ids=top.token_ids_NK.int().cpu().numpy(),
-        logits=top.logits_NK.cpu().numpy(),
-        tail_logsumexp=top.tail_logsumexp_NR.cpu().numpy(),
-        label_logit=top.label_logit_N.cpu().numpy(),
-        row_mean=top.row_mean_N.cpu().numpy(),
-        row_std=top.row_std_N.cpu().numpy(),
-    )
-    stored = None
-    if plan.hidden_states:
-        # numpy has no bfloat16; its bits travel as uint16.
-        bits = hidden_PD.view(torch.uint16) if hidden_PD.dtype == torch.bfloat16 else hidden_PD
-        stored = bits.cpu().numpy()
-    return ScoredSequence(sequence, rows, stored)
+        top = score(head, hidden_ND, labels_N, plan.top_k, plan.temperatures)
+    columns = {
+        "token_ids": top.token_ids_NK.int(),
+        "logits": top.logits_NK,
+        "tail_logsumexp": top.tail_logsumexp_NR,
+        "label_logit": top.label_logit_N,
+        "row_mean": top.row_mean_N,
+        "row_std": top.row_std_N,
+    }
+    # Where each sequence's rows end and the next one's begin.
+    borders = np.cumsum([len(hidden_PD) for hidden_PD in states])[:-1]
+    split = {name: np.split(column.cpu().numpy(), borders) for name, column in columns.items()}
+    rows = [TopKRows(**dict(zip(split, parts, strict=True))) for parts in zip(*split.values(), strict=True)]
+    if plan.hidden_states is None:
+        return [ScoredSequence(sequence, part, None) for sequence, part in zip(batch, rows, strict=True)]
+    # numpy has no bfloat16; its bits travel as uint16.
+    bits = hidden_ND.view(torch.uint16) if hidden_ND.dtype == torch.bfloat16 else hidden_ND
+    stored = np.split(bits.cpu().numpy(), borders)
+    return [ScoredSequence(*parts) for parts in zip(batch, rows, stored, strict=True)]
 
 
 def _is_finished(cache_dir: Path, shard: int) -> bool:
@@ -182,4 +236,4 @@ def _is_finished(cache_dir: Path, shard: int) -> bool:
 
 def _foreign(cache_dir: Path) -> Iterator[Path]:
     """What does not look like the leftovers of a dump killed before its plan was written."""
-    return (path for path in cache_dir.iterdir() if path.name != f".{PLAN_NAME}.tmp")
+    return (path for path in cache_dir.iterdir() if not is_leftover(path))

@@ -10,7 +10,8 @@ M = looked-up ids per position, R = temperatures.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from cache_schema.storage import publish
 from workers.ordering import exact_top_k
 
 CHUNK_BYTES = 64 * 2**20
-"""Size of the largest temporary of a chunked computation; small enough for a CPU's cache hierarchy to matter little
-and a GPU's matmul to be large."""
+"""Size of the largest temporary of a chunked computation; small enough for a CPU's cache hierarchy to matter little."""
+
+CUDA_CHUNK_BYTES = 512 * 2**20
+"""The same where a GPU scores: its matmul and top-k want more rows at once."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +93,17 @@ def score(head: LMHead, hidden_ND: Tensor, labels_N: Tensor, top_k: int, tempera
     digits. The deviation is the unbiased one (NormKD).
     """
     parts = []
-    for rows in chunks(len(hidden_ND), 4 * head.vocab_size):
-        logits_CV = head.logits(hidden_ND[rows])
-        values_CK, ids_CK = exact_top_k(logits_CV, top_k)
-        std_C, mean_C = torch.std_mean(logits_CV, dim=1)
-        label_C = logits_CV.gather(1, labels_N[rows].unsqueeze(1)).squeeze(1)
-        tail_CV = logits_CV.scatter_(1, ids_CK, -torch.inf)
-        tails_CR = torch.stack([torch.logsumexp(tail_CV / temperature, 1) for temperature in temperatures], 1)
-        parts.append((ids_CK, values_CK, tails_CR, label_C, mean_C, std_C))
+    # A CPU upcasts a half-precision head: once for all chunks.
+    with matmul_operands(hidden_ND, head.weight_VD) as (operand_ND, weight_VD):
+        operand_head = replace(head, weight_VD=weight_VD)
+        for rows in chunks(len(hidden_ND), 4 * head.vocab_size, hidden_ND.device):
+            logits_CV = operand_head.logits(operand_ND[rows])
+            values_CK, ids_CK = exact_top_k(logits_CV, top_k)
+            std_C, mean_C = torch.std_mean(logits_CV, dim=1)
+            label_C = logits_CV.gather(1, labels_N[rows].unsqueeze(1)).squeeze(1)
+            tail_CV = logits_CV.scatter_(1, ids_CK, -torch.inf)
+            tails_CR = torch.stack([torch.logsumexp(tail_CV / temperature, 1) for temperature in temperatures], 1)
+            parts.append((ids_CK, values_CK, tails_CR, label_C, mean_C, std_C))
     return TopKLogits(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
@@ -109,15 +115,23 @@ def float32_matmul(left_ND: Tensor, right_VD: Tensor) -> Tensor:
     matmul precision "medium", which multiplies bf16 numbers and adds in float32: exact for operands that were bf16,
     at 1.9 times a bf16 GEMM where a float32 one costs 3.
     """
+    with matmul_operands(left_ND, right_VD) as (left, right):
+        if left.dtype == widened(left.dtype):
+            return left @ right.T
+        return torch.mm(left, right.T, out_dtype=torch.float32)
+
+
+@contextmanager
+def matmul_operands(left_ND: Tensor, right_VD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both operands of ``float32_matmul`` as it multiplies them, and the precision set for as long as they are used."""
     right_VD = right_VD.to(left_ND.dtype)
-    if left_ND.dtype == widened(left_ND.dtype):
-        return left_ND @ right_VD.T
-    if left_ND.is_cuda:
-        return torch.mm(left_ND, right_VD.T, out_dtype=torch.float32)
+    if left_ND.is_cuda or left_ND.dtype == widened(left_ND.dtype):
+        yield left_ND, right_VD
+        return
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if left_ND.dtype == torch.bfloat16 else "highest")
     try:
-        return left_ND.float() @ right_VD.float().T
+        yield left_ND.float(), right_VD.float()
     finally:
         torch.set_float32_matmul_precision(precision)
 
@@ -127,12 +141,14 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def chunks(num_rows: int, bytes_per_row: int) -> Iterator[slice]:
+def chunks(num_rows: int, bytes_per_row: int, device: torch.device | None = None) -> Iterator[slice]:
     """Slices over rows such that a temporary of ``bytes_per_row`` a row stays within CHUNK_BYTES.
 
-    No rows make one empty slice, so that what is collected from the chunks has its shape.
+    On a CUDA ``device`` the limit is CUDA_CHUNK_BYTES. No rows make one empty slice, so that what is collected from
+    the chunks has its shape.
     """
-    size = max(1, CHUNK_BYTES // max(bytes_per_row, 1))
+    limit = CUDA_CHUNK_BYTES if device is not None and device.type == "cuda" else CHUNK_BYTES
+    size = max(1, limit // max(bytes_per_row, 1))
     for first in range(0, max(num_rows, 1), size):
         yield slice(first, min(first + size, num_rows))
 
