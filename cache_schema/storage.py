@@ -33,11 +33,10 @@ def publish(path: Path) -> Iterator[Path]:
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)
-    except OSError as error:
+    except BaseException as error:
         _discard(temporary)
-        raise refused(path, error) from error
-    except BaseException:
-        _discard(temporary)
+        if is_refusal(error):
+            raise refused(path, error) from error
         raise
 
 
@@ -52,11 +51,10 @@ def publish_directory(path: Path) -> Iterator[Path]:
             _flush(file)
         temporary.rename(path)
         _flush(path.parent)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise refused(path, error) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_refusal(error):
+            raise refused(path, error) from error
         raise
 
 
@@ -145,9 +143,15 @@ def _discard(temporary: Path) -> None:
         temporary.unlink()
 
 
-def refused(path: Path, error: OSError) -> StorageError:
+def is_refusal(error: BaseException) -> bool:
+    """Whether the file system refused: an OSError, or what safetensors and tokenizers make of one in Rust."""
+    return isinstance(error, OSError) or "(os error " in str(error)
+
+
+def refused(path: Path, error: BaseException) -> StorageError:
     """The file system's refusal to write, with the way out."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or error
     return StorageError(
-        f"{path} cannot be written: {error.strerror or error}. Nothing was left under that name; free space or fix "
-        f"the permissions and run the same command again, finished work is kept."
+        f"{path} cannot be written: {reason}. Nothing was left under that name; free space or fix the permissions and "
+        f"run the same command again, finished work is kept."
     )

@@ -41,6 +41,7 @@ def run(config: DistillConfig, run_dir: Path, *, resume: bool) -> dict[str, Any]
         if finished is not None:
             shutil.rmtree(run_dir / FOLDER, ignore_errors=True)  # where a kill came between the summary and this
             return finished
+        record.discard_leftovers()
         training = prepare(config, reader, run_dir, device)
         before = _evaluate(training, eval_reader) if training.first_step == 0 else record.eval_before()
         record.begin(asked, made_of, before)

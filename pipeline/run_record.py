@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import tomli_w
 
-from cache_schema.storage import publish, publish_text, refused
+from cache_schema.storage import discard_leftovers, publish, publish_text, refused
 from workers.errors import InputError
 from workers.lookup.ladder import TIERS
 
@@ -39,6 +39,12 @@ class RunRecord:
     @property
     def config_path(self) -> Path:
         return self.run_dir / CONFIG_NAME
+
+    def discard_leftovers(self) -> None:
+        """Remove what a killed run left half-written; the caller holds the directory's lock."""
+        names = [RUN_NAME, CONFIG_NAME, METRICS_NAME, MODEL_NAME]
+        for path in [self.run_dir / name for name in names]:
+            discard_leftovers(path)
 
     def find(self, config: dict[str, Any], made_of: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
         """Look at the directory before anything is loaded; the summary, if this very run is finished in it.

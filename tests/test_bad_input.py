@@ -284,3 +284,15 @@ def test_a_duplicate_row_is_stored_once(teacher_dir: Path, tmp_path: Path) -> No
     dump(teacher_dir, rows, tmp_path / "cache")
     facts = pipeline("inspect", tmp_path / "cache", "--json").json
     assert (facts["num_sequences"], facts["dataset"]["num_duplicates"]) == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["shard-00001.parquet", "lm_head.safetensors", "tokenizer/tokenizer.json"])
+def test_a_finished_dump_with_a_file_gone_is_not_called_finished(
+    teacher_dir: Path, data_file: Path, cache_dir: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(cache_dir, tmp_path / "cache")
+    (tmp_path / "cache" / name).unlink()
+    refused(
+        "teacher-dump", "--teacher", teacher_dir, "--data", data_file, "--top-k", 16, "--set", "data.max_tokens=128",
+        "--set", "cache.sequences_per_shard=8", out=tmp_path / "cache", says=f"{name} is missing or short",
+    )  # fmt: skip

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,3 +158,31 @@ def test_a_dry_run_refuses_what_the_run_would(cache_dir: Path, teacher_dir: Path
         result = distill(cache_dir, teacher_dir, tmp_path / "run", "--dry-run", *options)
         assert result.code == 1
         assert says in result.err
+
+
+FULL_DISK = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+from pipeline.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("num_bytes", [900, 20_000, 100_000])
+def test_a_full_disk_is_one_error_and_the_same_command_goes_on(
+    cache_dir: Path, teacher_dir: Path, tmp_path: Path, num_bytes: int
+) -> None:
+    """RLIMIT_FSIZE makes every write beyond it fail as a full disk does: in run.json, in the weights, in the model."""
+    command = ["distill", "--cache", str(cache_dir), "--student", str(teacher_dir), "--out", str(tmp_path / "run"),
+               "--steps", "2", "--dtype", "float32"]  # fmt: skip
+    full = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(num_bytes), *command], capture_output=True, text=True, check=False
+    )
+    assert full.returncode == 1, full.stderr
+    assert "cannot be written: " in full.stderr
+    assert "Traceback" not in full.stderr
+    again = pipeline(*command, *(["--resume"] if (tmp_path / "run" / "run.json").exists() else []))
+    assert again.code == 0, again.err
+    assert not list((tmp_path / "run").glob(".*"))

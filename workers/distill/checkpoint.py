@@ -25,8 +25,8 @@ def save_checkpoint(run_dir: Path, step: int, model: nn.Module, optimizer: torch
         weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
         save_file(weights, temporary / "model.safetensors")
         save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
-    for folder in sorted((run_dir / FOLDER).glob("step-*")):
-        if folder.name < name:
+    for folder in (run_dir / FOLDER).iterdir():  # older ones, and what a kill left of one half-written
+        if folder.name != name:
             shutil.rmtree(folder)
 
 

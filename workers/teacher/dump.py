@@ -52,8 +52,20 @@ def remaining_shards(cache_dir: Path, plan: Plan) -> list[int]:
         if cache_dir.exists() and (not cache_dir.is_dir() or any(_foreign(cache_dir))):
             raise CacheMismatchError(f"{cache_dir} exists and holds no cache: give --out a new directory.") from None
     if (cache_dir / MANIFEST_NAME).exists():
-        return []  # committed; its hidden states may have been deleted since
+        _require_files(cache_dir)
+        return []
     return [shard for shard in range(plan.num_shards) if not _is_finished(cache_dir, shard)]
+
+
+def _require_files(cache_dir: Path) -> None:
+    """Refuse to call a cache finished whose files are not there; its hidden states may have been deleted."""
+    for file in read_manifest(cache_dir).all_files:
+        path = cache_dir / file.name
+        if ".hidden." not in file.name and (not path.exists() or path.stat().st_size != file.num_bytes):
+            raise CacheCorruptError(
+                f"{path} is missing or short, but {MANIFEST_NAME} says the dump was finished: restore it, or delete "
+                f"{cache_dir / MANIFEST_NAME} and the shard's receipt and run the dump again, which makes it anew."
+            )
 
 
 def dump(

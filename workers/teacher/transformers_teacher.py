@@ -34,8 +34,9 @@ class TransformersTeacher:
         require_vocabulary(self._model, vocab_size)
         self.lm_head = head_of(self._model, vocab_size)
         # generation_config.json is no part of the teacher's identity: of it, only the ids that end a response count,
-        # and those stand in the plan.
-        self._model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+        # and those stand in the plan. Padding rows of the head are no tokens, so never the next one.
+        padding = list(range(vocab_size, self._model.get_output_embeddings().weight.shape[0]))
+        self._model.generation_config = GenerationConfig(suppress_tokens=padding or None)  # type: ignore[no-untyped-call]
         require_plain_head(self._model, vocab_size)
 
     def hidden_states(self, batch: Sequence[TokenSequence], positions: Positions) -> list[Tensor]:
