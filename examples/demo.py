@@ -17,10 +17,10 @@ EXAMPLES = Path(__file__).parent
 STUDENT_LAYERS = "0,3,6,9,12,15,18,21,25,29"
 SAMPLE_PROMPT = "Name three things you would find in a kitchen."
 # Many short answers are written at once, so a batch may have more tokens than the default for long sequences.
-DUMP = (
-    "--responses teacher --set responses.max_new_tokens=64 --set data.max_tokens=256 "
-    "--set engine.tokens_per_batch=16384"
-).split()
+DUMP = [
+    "--responses", "teacher", "--set", "responses.max_new_tokens=64", "--set", "data.max_tokens=256",
+    "--set", "engine.tokens_per_batch=16384",
+]  # fmt: skip
 # A student cut from its teacher starts broken, and the number of updates mends it more than their size.
 TRAIN = [
     "--student-layers", STUDENT_LAYERS, "--steps", "180", "--set", "sequences_per_step=4", "--set", "optimizer.lr=7e-4",
