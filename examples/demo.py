@@ -18,7 +18,7 @@ STUDENT_LAYERS = "0,3,6,9,12,15,18,21,25,29"
 SAMPLE_PROMPT = "Name three things you would find in a kitchen."
 # Many short answers are written at once, so a batch may have more tokens than the default for long sequences.
 DUMP = [
-    "--responses", "teacher", "--set", "responses.max_new_tokens=64", "--set", "data.max_tokens=256",
+    "--responses", "teacher", "--set", "responses.max_new_tokens=48", "--set", "data.max_tokens=256",
     "--set", "engine.tokens_per_batch=16384",
 ]  # fmt: skip
 # A student cut from its teacher starts broken, and the number of updates mends it more than their size.
@@ -46,7 +46,10 @@ def main(folder: Path) -> None:
 
 
 def dump(teacher: Path, prompts: str, out: Path, *options: str) -> None:
-    pipeline("teacher-dump", "--teacher", teacher, "--data", EXAMPLES / prompts, "--out", out, *DUMP, *options)
+    pipeline(
+        "teacher-dump", "--teacher", teacher, "--data", EXAMPLES / prompts, "--out", out, "--dtype", dtype(),
+        *DUMP, *options,
+    )  # fmt: skip
 
 
 def distill(name: str, options: str, teacher: Path, train: Path, held_out: Path, folder: Path) -> dict[str, Any]:
