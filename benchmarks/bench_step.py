@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.material import STUDENT_LAYERS, TEACHER, make_cache
+from cache_schema import CacheReader
 from workers.distill.config import DistillConfig
 from workers.distill.train import prepare
 
@@ -45,7 +46,7 @@ def steps_of(loss: str, cache: Path, dtype: str, num_steps: int) -> Iterator[dic
             "micro_batch_sequences": 8,
         }
     )
-    return prepare(config, Path("no-such-run"), torch.device("cpu")).steps()
+    return prepare(config, CacheReader(cache), Path("no-such-run"), torch.device("cpu")).steps()
 
 
 if __name__ == "__main__":
