@@ -10,7 +10,7 @@ from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.verify import verify
 from pipeline.progress import progress_bar
-from workers.lookup.hidden import require_head_of_cache
+from workers.lookup.stored import require_head_of_cache
 from workers.teacher.lm_head import load_head
 
 _RECOMPUTED_SEQUENCES = 16

@@ -13,8 +13,9 @@ from tests.tiny_cache import CPU, dump_tiny_cache, load_teacher, random_sequence
 from tests.tiny_models import save_tiny_llama
 from workers.errors import InputError
 from workers.lookup.batch import collate
-from workers.lookup.hidden import CachedHiddenStates, LiveHiddenStates, require_head_of_cache, stored_hidden_states
 from workers.lookup.ladder import Ladder
+from workers.lookup.live import LiveHiddenStates
+from workers.lookup.stored import CachedHiddenStates, require_head_of_cache, stored_hidden_states
 from workers.ordering import exact_top_k
 from workers.teacher.checkpoint import identity_of
 from workers.teacher.lm_head import load_head, save_head

@@ -23,8 +23,8 @@ from tests.tiny_models import build_tiny_model, save_tiny_llama, save_tiny_model
 from workers.distill.student import StudentLoss, Term, keep_layers, load_student
 from workers.errors import InputError
 from workers.lookup.batch import collate
-from workers.lookup.hidden import CachedHiddenStates
 from workers.lookup.ladder import Ladder
+from workers.lookup.stored import CachedHiddenStates
 from workers.losses.catalogue import LOSSES
 from workers.losses.dense import dense_loss
 from workers.teacher import lm_head

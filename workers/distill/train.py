@@ -17,8 +17,9 @@ from workers.distill.order import step_indexes, steps_per_epoch
 from workers.distill.student import StudentLoss, Term, load_student, require_layers
 from workers.errors import InputError
 from workers.lookup.batch import Batch, Part, collate
-from workers.lookup.hidden import CachedHiddenStates, HiddenStateSource, LiveHiddenStates, require_same_teacher
 from workers.lookup.ladder import Ladder
+from workers.lookup.live import HiddenStateSource, LiveHiddenStates, require_same_teacher
+from workers.lookup.stored import CachedHiddenStates
 from workers.losses.catalogue import LOSSES
 from workers.teacher.checkpoint import (
     context_length,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cache_schema.reader import CacheReader
 from workers.lookup.batch import TeacherPositions, collate
-from workers.lookup.hidden import CachedHiddenStates
 from workers.lookup.ladder import Ladder
+from workers.lookup.stored import CachedHiddenStates
 from workers.losses.divergences import kl_divergence
 from workers.ordering import exact_top_k
 from workers.teacher.checkpoint import body_of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workers.errors import InputError
 from workers.lookup.batch import TeacherPositions
-from workers.lookup.hidden import HiddenStateSource
+from workers.lookup.live import HiddenStateSource
 
 TIERS = ("cached", "logged", "hidden", "live", "bound")
 

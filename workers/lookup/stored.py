@@ -1,33 +1,19 @@
-"""The teacher's hidden states at cached positions: from disk, or from the teacher itself."""
+"""The hidden states a dump kept, and the LM head that makes logits of them."""
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cache_schema.errors import CacheCorruptError, CacheMismatchError
-from cache_schema.manifest import LM_HEAD_NAME, TeacherIdentity
+from cache_schema.errors import CacheCorruptError
+from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.storage import sha256_of
 from workers.teacher.lm_head import LMHead, load_head, score
-from workers.teacher.teacher import Teacher
 
 _CHECKED_SEQUENCES = 4
-
-
-class HiddenStateSource(Protocol):
-    """Final-norm hidden states of positions, and the LM head that makes logits of them."""
-
-    tier: Literal["hidden", "live"]
-    head: LMHead
-    teacher_forwards: int
-    """Sequences run through the teacher so far."""
-
-    def hidden_states(self, indexes: Sequence[int]) -> list[Tensor]:
-        """Those of every stored position of each sequence, in the teacher's compute dtype. [P_i, D] each"""
-        ...
 
 
 class CachedHiddenStates:
@@ -48,52 +34,6 @@ class CachedHiddenStates:
 
     def hidden_states(self, indexes: Sequence[int]) -> list[Tensor]:
         return [stored_hidden_states(self._reader, index) for index in indexes]
-
-
-class LiveHiddenStates:
-    """Runs the teacher that made the cache on whole sequences.
-
-    Raises:
-        CacheMismatchError: it is another teacher.
-    """
-
-    tier: Literal["hidden", "live"] = "live"
-
-    def __init__(self, reader: CacheReader, teacher: Teacher) -> None:
-        require_same_teacher(reader, teacher.identity)
-        self._reader = reader
-        self._teacher = teacher
-        self.head = teacher.lm_head
-        self.teacher_forwards = 0
-
-    def hidden_states(self, indexes: Sequence[int]) -> list[Tensor]:
-        self.teacher_forwards += len(indexes)
-        sequences = [self._reader[index].sequence for index in indexes]
-        return self._teacher.hidden_states(sequences, self._reader.plan.positions)
-
-
-def _require_stored_hash(reader: CacheReader) -> None:
-    """The head answers every lookup, so all of its bytes are checked, once a run."""
-    stored = {file.name: file.sha256 for file in reader.manifest.files}
-    if sha256_of(reader.lm_head_path) != stored.get(LM_HEAD_NAME):
-        raise CacheCorruptError(
-            f"{reader.lm_head_path} is damaged: its SHA-256 is not the manifest's. Restore it, or dump again."
-        )
-
-
-def require_same_teacher(reader: CacheReader, given: TeacherIdentity) -> None:
-    """Refuse a teacher other than the one the cache was dumped with.
-
-    Raises:
-        CacheMismatchError: names the field that differs.
-    """
-    stored = reader.plan.teacher
-    for field in ("fingerprint", "dtype"):
-        if getattr(stored, field) != getattr(given, field):
-            raise CacheMismatchError(
-                f"--teacher is not the teacher of {reader.cache_dir}: its {field} is {getattr(given, field)}, the "
-                f"cache's ({stored.name}) is {getattr(stored, field)}. Give the teacher the cache was dumped with."
-            )
 
 
 def stored_hidden_states(reader: CacheReader, index: int) -> Tensor:
@@ -132,3 +72,12 @@ def require_head_of_cache(reader: CacheReader, head: LMHead, num_sequences: int 
                 f"logits of sequence {index} differ from the stored ones by {difference:.3g} (rounding explains "
                 f"{tolerance:.2g}). Restore both from the same dump, or dump again."
             )
+
+
+def _require_stored_hash(reader: CacheReader) -> None:
+    """The head answers every lookup, so all of its bytes are checked, once a run."""
+    stored = {file.name: file.sha256 for file in reader.manifest.files}
+    if sha256_of(reader.lm_head_path) != stored.get(LM_HEAD_NAME):
+        raise CacheCorruptError(
+            f"{reader.lm_head_path} is damaged: its SHA-256 is not the manifest's. Restore it, or dump again."
+        )
