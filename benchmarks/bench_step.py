@@ -46,7 +46,7 @@ def steps_of(loss: str, cache: Path, dtype: str, num_steps: int) -> Iterator[dic
             "micro_batch_sequences": 8,
         }
     )
-    return prepare(config, CacheReader(cache), Path("no-such-run"), torch.device("cpu")).steps()
+    return prepare(config, [CacheReader(cache)], Path("no-such-run"), torch.device("cpu")).steps()
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ last, so a cache is finished exactly when it exists. No clock, host, worker or o
 
 import hashlib
 import json
+import math
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from cache_schema.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, StorageError
 from cache_schema.sequence import Positions
@@ -22,13 +24,17 @@ PLAN_NAME = "plan.json"
 MANIFEST_NAME = "manifest.json"
 LM_HEAD_NAME = "lm_head.safetensors"
 TOKENIZER_NAME = "tokenizer"
+_STORED = "stored"
+"""Validation context of what is read from a file, where nothing may be left to measure."""
 
 
-class _Stored(BaseModel):
+class Stored(BaseModel):
+    """A document of the format, or a part of one."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TeacherIdentity(_Stored):
+class TeacherIdentity(Stored):
     name: str
     """Hub name, or the last part of a local path. For people; the fingerprint is the identity."""
     fingerprint: str
@@ -39,7 +45,7 @@ class TeacherIdentity(_Stored):
     """Compute dtype of body and LM head."""
 
 
-class TokenizerIdentity(_Stored):
+class TokenizerIdentity(Stored):
     fingerprint: str
     vocab_size: int
     """Highest token id, added tokens included, plus one: the V of every softmax, log-sum-exp and top-k."""
@@ -47,7 +53,7 @@ class TokenizerIdentity(_Stored):
     """SHA-256 of the chat template, if there is one."""
 
 
-class DatasetIdentity(_Stored):
+class DatasetIdentity(Stored):
     name: str
     sha256: str
     """Over the rows that were read, in order."""
@@ -61,7 +67,7 @@ class DatasetIdentity(_Stored):
     max_tokens: int
 
 
-class Generation(_Stored):
+class Generation(Stored):
     """How the teacher wrote the responses, where it did."""
 
     max_new_tokens: int
@@ -73,7 +79,7 @@ class Generation(_Stored):
     """What ends a response, ascending: the tokenizer's EOS and those of the model's generation config."""
 
 
-class Engine(_Stored):
+class Engine(Stored):
     name: Literal["transformers", "vllm"]
     device: str
     """``cpu`` or the accelerator's name."""
@@ -83,13 +89,46 @@ class Engine(_Stored):
     versions: dict[str, str]
 
 
-class HiddenStates(_Stored):
-    dtype: Dtype
+class HiddenStates(Stored):
+    dtype: Dtype | Literal["int8"]
+    """The teacher's compute dtype, or int8; see ``cache_schema.encoding`` for what int8 stores."""
     size: int
     """d, the width of the final-norm output."""
+    channel_scale: tuple[float, ...] | None = None
+    """int8 alone, as what follows: each channel's share of a step. None there: not measured yet, so not stored yet."""
+    residual_channels: tuple[int, ...] | None = None
+    """Channels that have a second int8 below the first, ascending."""
+    mean_logit_error: float | None = None
+    """Mean of |logit from int8 - logit| over whole rows, in nats, at positions that did not set the scales."""
+    max_logit_error: float | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether nothing is missing to store or read them: int8 needs its scales."""
+        return self.dtype != "int8" or self.channel_scale is not None
+
+    @model_validator(mode="after")
+    def _scales_are_int8_s(self, info: ValidationInfo) -> Self:
+        scales, channels = self.channel_scale, self.residual_channels
+        errors = (self.mean_logit_error, self.max_logit_error)
+        if scales is None or channels is None or None in errors:
+            if (scales, channels, *errors) != (None,) * 4:
+                raise ValueError("int8 scales and logit errors stand together or not at all")
+            if info.context == _STORED and not self.is_measured:
+                raise ValueError("int8 hidden states without their scales")
+            return self
+        if self.dtype != "int8":
+            raise ValueError(f"{self.dtype} hidden states have no int8 scales")
+        if len(scales) != self.size or not all(math.isfinite(scale) and scale > 0 for scale in scales):
+            raise ValueError(f"channel_scale must be {self.size} finite numbers above 0")
+        if not all(first < second for first, second in pairwise((-1, *channels, self.size))):
+            raise ValueError(f"residual_channels must ascend from 0 to {self.size - 1} at most")
+        if not all(error is not None and math.isfinite(error) and error >= 0 for error in errors):
+            raise ValueError("logit errors must be finite and at least 0")
+        return self
 
 
-class Plan(_Stored):
+class Plan(Stored):
     format_version: int = FORMAT_VERSION
     teacher: TeacherIdentity
     tokenizer: TokenizerIdentity
@@ -117,14 +156,14 @@ class Plan(_Stored):
         return range(first, min(first + self.sequences_per_shard, self.num_sequences))
 
 
-class StoredFile(_Stored):
+class StoredFile(Stored):
     name: str = Field(pattern=r"^(tokenizer/([A-Za-z0-9_][A-Za-z0-9_.-]*/)*)?[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     """Relative to the cache directory, which no name can leave; only the tokenizer has folders."""
     num_bytes: int
     sha256: str
 
 
-class Receipt(_Stored):
+class Receipt(Stored):
     shard: int
     num_sequences: int
     num_tokens: int
@@ -136,7 +175,7 @@ class Receipt(_Stored):
     files: tuple[StoredFile, ...]
 
 
-class Manifest(_Stored):
+class Manifest(Stored):
     plan: Plan
     receipts: tuple[Receipt, ...]
     files: tuple[StoredFile, ...]
@@ -167,10 +206,10 @@ def receipt_name(shard: int) -> str:
     return f"shard-{shard:05d}.json"
 
 
-StoredModel = TypeVar("StoredModel", bound=_Stored)
+StoredModel = TypeVar("StoredModel", bound=Stored)
 
 
-def write_json(path: Path, model: _Stored) -> None:
+def write_json(path: Path, model: Stored) -> None:
     publish_text(path, model.model_dump_json(indent=2) + "\n")
 
 
@@ -190,7 +229,7 @@ def read_json(path: Path, model: type[StoredModel]) -> StoredModel:
     try:
         document: Any = json.loads(raw)
         _check_version(path, document)
-        return model.model_validate(document)
+        return model.model_validate(document, context=_STORED)
     except (ValueError, RecursionError) as error:  # pydantic, json and Unicode errors are ValueErrors
         reason = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
         where = ".".join(str(part) for part in reason["loc"]) or "the document"

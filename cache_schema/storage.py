@@ -30,9 +30,9 @@ def publish(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     except BaseException as error:
         _discard(temporary)
         if is_refusal(error):
@@ -48,9 +48,9 @@ def publish_directory(path: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for file in sorted(temporary.rglob("*")):
-            _flush(file)
+            flush(file)
         temporary.rename(path)
-        _flush(path.parent)
+        flush(path.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_refusal(error):
@@ -89,21 +89,37 @@ def exclusive(directory: Path) -> Iterator[None]:
     Raises:
         StorageError: another process holds the lock, or the directory cannot be made.
     """
+    descriptor = _lock(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError as error:
-        raise refused(directory, error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    except BlockingIOError:
-        raise StorageError(
-            f"{directory} is being written by another process: wait until it has ended, or give another --out."
-        ) from None
     finally:
         with suppress(OSError):
             directory.rmdir()
+        os.close(descriptor)
+
+
+def _lock(directory: Path) -> int:
+    """Descriptor of the locked directory; closing it lets go."""
+    while True:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(directory, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # its last holder removed it just now
+        except OSError as error:
+            raise refused(directory, error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_ino == directory.stat().st_ino:
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise StorageError(
+                f"{directory} is being written by another process: wait until it has ended, or give another directory."
+            ) from None
+        except FileNotFoundError:
+            pass
+        # The lock is that of a directory which its last holder has removed since.
         os.close(descriptor)
 
 
@@ -129,7 +145,8 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Put a file's bytes, or a directory's names, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

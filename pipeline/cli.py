@@ -31,6 +31,62 @@ CacheDir = Annotated[Path, typer.Argument(help="A cache directory.", show_defaul
 
 
 @app.command()
+def estimate(
+    teacher: Annotated[str | None, typer.Option(help="Model folder or hub name.")] = None,
+    data: Annotated[str | None, typer.Option(help="What teacher-dump is to read.")] = None,
+    student: Annotated[str | None, typer.Option(help="Count what this student asks outside the top K.")] = None,
+    student_layers: Annotated[str | None, typer.Option(help="Keep these layers of it, for instance 0,3,6.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs each student will train.")] = 3,
+    students: Annotated[int, typer.Option(min=1, help="Students that will train from the cache.")] = 1,
+    pilot_sequences: Annotated[int, typer.Option(min=1, help="Sequences the teacher scores to measure on.")] = 16,
+    pilot_steps: Annotated[int, typer.Option(min=1, help="Steps the student trains before it is counted again.")] = 30,
+    pilot_lr: Annotated[float, typer.Option(min=1e-9, help="Highest learning rate of those steps.")] = 5e-4,
+    positions: Annotated[str | None, typer.Option(help="response (default) or all.")] = None,
+    responses: Annotated[str | None, typer.Option(help="dataset (default), or teacher: let it write them.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: the checkpoint's]")] = None,
+    device: Device = None,
+    limit: Annotated[int | None, typer.Option(help="Read this many rows at most.")] = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    json_output: Json = False,
+) -> None:
+    """Say what K and hidden states would cost and save, before anything is dumped.
+
+    --config and --set take the keys of teacher-dump. Bytes a position and shares are measured on a pilot of
+    sequences, totals and seconds extrapolated from it.
+
+    Example: pipeline estimate --teacher ./teacher --data train.jsonl --student ./teacher --student-layers 0,9,19,29
+    """
+    from pipeline.config import build_config
+    from pipeline.estimate import Intent
+    from pipeline.estimate import estimate as make_estimate
+    from pipeline.top_k_words import estimate_in_words
+    from workers.teacher.config import DumpConfig
+
+    flags = {
+        "teacher.model": teacher,
+        "teacher.dtype": dtype,
+        "data.path": data,
+        "data.limit": limit,
+        "cache.positions": positions,
+        "responses.source": responses,
+        "engine.device": device,
+    }
+    settled = build_config(DumpConfig, config, settings or [], flags)
+    intent = Intent(
+        student=student,
+        student_layers=_layers_of(student, student_layers),
+        epochs=epochs,
+        students=students,
+        pilot_sequences=pilot_sequences,
+        pilot_steps=pilot_steps,
+        pilot_lr=pilot_lr,
+    )
+    facts = make_estimate(settled, intent)
+    _print(facts, json_output, lambda: estimate_in_words(facts))
+
+
+@app.command()
 def teacher_dump(
     teacher: Annotated[str | None, typer.Option(help="Model folder or hub name.")] = None,
     data: Annotated[str | None, typer.Option(help="JSONL, Parquet, saved dataset folder, or hub dataset.")] = None,
@@ -39,6 +95,9 @@ def teacher_dump(
     hidden_states: Annotated[
         bool | None,
         typer.Option("--hidden-states/--no-hidden-states", help="Keep what makes every lookup exact. [default: on]"),
+    ] = None,
+    hidden_dtype: Annotated[
+        str | None, typer.Option(help="int8: half of bfloat16's bytes, logits not exact. [default: the teacher's]")
     ] = None,
     positions: Annotated[str | None, typer.Option(help="response (default) or all.")] = None,
     responses: Annotated[str | None, typer.Option(help="dataset (default), or teacher: let it write them.")] = None,
@@ -68,6 +127,7 @@ def teacher_dump(
         "data.limit": limit,
         "cache.top_k": top_k,
         "cache.hidden_states": hidden_states,
+        "cache.hidden_dtype": hidden_dtype,
         "cache.positions": positions,
         "responses.source": responses,
         "engine.device": device,
@@ -88,20 +148,40 @@ def teacher_dump(
 def inspect(
     cache: CacheDir,
     sequence: Annotated[str | None, typer.Option(help="Show one sequence: its id or its index.")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Measure what each K holds, and bytes by column.")] = False,
+    student: Annotated[str | None, typer.Option(help="With --stats: count what this student misses.")] = None,
+    student_layers: Annotated[str | None, typer.Option(help="Keep these layers of it, for instance 0,3,6.")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="With --stats: measure on this many sequences at most.")] = 64,
+    device: Device = None,
     json_output: Json = False,
 ) -> None:
     """Say what is in a cache, finished or not.
 
-    Example: pipeline inspect caches/train
+    Example: pipeline inspect caches/train --stats --student ./student
     """
     from pipeline.describe import describe, describe_sequence, in_words, sequence_in_words
 
+    layers = _layers_of(student, student_layers)
+    if student is not None and not stats:
+        raise typer.BadParameter("give --stats too", param_hint="--student")
     if sequence is not None:
+        if stats:
+            raise typer.BadParameter("give it or --sequence", param_hint="--stats")
         shown = describe_sequence(cache, sequence)
         _print(shown, json_output, lambda: sequence_in_words(shown))
         return
     facts = describe(cache)
-    _print(facts, json_output, lambda: in_words(cache, facts))
+    if not stats:
+        _print(facts, json_output, lambda: in_words(cache, facts))
+        return
+    from pipeline.statistics import statistics
+    from pipeline.top_k_words import statistics_in_words
+
+    found = statistics(
+        cache, student=student, student_layers=layers, sample_sequences=sample, device_name=device or "auto"
+    )
+    facts["stats"] = found
+    _print(facts, json_output, lambda: f"{in_words(cache, facts)}\n{statistics_in_words(facts)}")
 
 
 @app.command()
@@ -120,14 +200,49 @@ def verify(cache: CacheDir, json_output: Json = False) -> None:
 
 
 @app.command()
+def compact(
+    cache: CacheDir,
+    lookups: Annotated[Path | None, typer.Option(help="Fold the log in this directory, not the cache's own.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Fold a cache's lookup log into few files, each sequence once; runs may go on meanwhile.
+
+    Example: pipeline compact caches/train
+    """
+    from pipeline.lookups import compact_log
+    from pipeline.words import compaction_in_words
+
+    folded = compact_log(cache, lookups)
+    _print(folded, json_output, lambda: compaction_in_words(folded))
+
+
+@app.command()
 def distill(
-    cache: Annotated[str | None, typer.Option(help="The cache to train from.")] = None,
+    cache: Annotated[
+        list[str] | None, typer.Option(help="The cache to train from; several, each with its own --cache, are mixed.")
+    ] = None,
     student: Annotated[str | None, typer.Option(help="Model folder or hub name.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory to make, or to go on with.")] = None,
     student_layers: Annotated[str | None, typer.Option(help="Keep these layers of it, for instance 0,3,6.")] = None,
     loss: Annotated[str | None, typer.Option(help="bild (default), t_ld, s_ld, kl, rkl, topk_kl or sft.")] = None,
     prompt_loss: Annotated[str | None, typer.Option(help="A loss for the prompt; needs --positions all.")] = None,
     teacher: Annotated[str | None, typer.Option(help="For lookups a cache without hidden states misses.")] = None,
+    on_miss: Annotated[
+        str | None, typer.Option(help="refuse (default), or bound: an upper bound for what nothing else answers.")
+    ] = None,
+    lookups: Annotated[
+        Path | None, typer.Option(help="Write the lookup log here, for a cache that cannot be written.")
+    ] = None,
+    log: Annotated[
+        str | None, typer.Option(help="What a live teacher leaves behind: hidden (default), logits or none.")
+    ] = None,
+    head_device: Annotated[
+        str | None, typer.Option(help="Where the teacher's LM head answers. [default: with the student, if it fits]")
+    ] = None,
+    teacher_device: Annotated[
+        str | None, typer.Option(help="Where a live teacher runs: a device, or offload. [default: the student's]")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Shares of several caches, for instance 2,1.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the cache. [default: 1]")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; wins over epochs.")] = None,
     seed: Annotated[int | None, typer.Option(help="Decides the order of the data. [default: 0]")] = None,
@@ -150,12 +265,18 @@ def distill(
     from workers.distill.config import DistillConfig
 
     flags = {
-        "cache": cache,
+        "cache": cache or None,
+        "weights": _weights(weights),
         "student": student,
         "student_layers": _layers(student_layers),
         "loss.name": loss,
         "prompt_loss.name": prompt_loss,
         "teacher": teacher,
+        "on_miss": on_miss,
+        "lookups.dir": _text(lookups),
+        "lookups.log": log,
+        "lookups.head_device": head_device,
+        "lookups.teacher_device": teacher_device,
         "epochs": epochs,
         "steps": steps,
         "seed": seed,
@@ -164,7 +285,7 @@ def distill(
         "eval_cache": eval_cache,
     }
     run_dir = _required(out, "--out", "the run directory to make")
-    if resume and config is None and cache is None and (run_dir / "config.toml").exists():
+    if resume and config is None and not cache and (run_dir / "config.toml").exists():
         config = run_dir / "config.toml"  # --resume --out RUN goes on with what the run was started with
     settled = build_config(DistillConfig, config, settings or [], flags)
     if dry_run:
@@ -222,6 +343,19 @@ def _required(value: Path | None, flag: str, what: str) -> Path:
     return value
 
 
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _weights(text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of numbers", param_hint="--weights") from None
+
+
 def _layers(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
@@ -229,3 +363,9 @@ def _layers(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"{text!r} is no list of layer indexes", param_hint="--student-layers") from None
+
+
+def _layers_of(student: str | None, text: str | None) -> tuple[int, ...] | None:
+    if text is not None and student is None:
+        raise typer.BadParameter("give --student too", param_hint="--student-layers")
+    return _layers(text)

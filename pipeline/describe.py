@@ -17,6 +17,7 @@ from cache_schema.manifest import (
     receipt_name,
 )
 from cache_schema.reader import CacheReader
+from pipeline.lookups import NO_LOG, describe_log
 from workers.errors import InputError
 from workers.tokenizers import load_tokenizer
 
@@ -40,6 +41,7 @@ def describe(cache_dir: Path) -> dict[str, Any]:
     num_positions = sum(receipt.num_positions for receipt in receipts)
     hidden_files = [cache_dir / hidden_name(receipt.shard) for receipt in receipts]
     head_files = [cache_dir / LM_HEAD_NAME] if complete else []
+    hidden = plan.hidden_states
     hidden_bytes = sum(path.stat().st_size for path in hidden_files if path.exists())
 
     def per_position(num_bytes: int) -> float | None:
@@ -62,6 +64,12 @@ def describe(cache_dir: Path) -> dict[str, Any]:
         "scalar_bytes_per_position": per_position(sum(receipt.scalar_bytes for receipt in receipts)),
         "hidden_bytes_per_position": per_position(hidden_bytes),
         "hidden_states": bool(hidden_files) and all(path.exists() for path in [*head_files, *hidden_files]),
+        "hidden_dtype": hidden.dtype if hidden else None,
+        "hidden_logit_error": (
+            {"mean": hidden.mean_logit_error, "max": hidden.max_logit_error}
+            if hidden and hidden.dtype == "int8"
+            else None
+        ),
         "max_logit_error": plan.logit_step / 2,
         "temperatures": list(plan.temperatures),
         "teacher": {
@@ -73,7 +81,7 @@ def describe(cache_dir: Path) -> dict[str, Any]:
         "tokenizer": {"fingerprint": plan.tokenizer.fingerprint, "vocab_size": plan.tokenizer.vocab_size},
         "dataset": plan.dataset.model_dump(),
         "responses": plan.responses.model_dump() if plan.responses else None,
-        "lookups": {"pairs": 0, "bytes": 0},
+        "lookups": describe_log(CacheReader(cache_dir), None) if complete else NO_LOG,
         "manifest_sha256": manifest_sha256(cache_dir) if complete else None,
     }
 
@@ -96,11 +104,23 @@ def in_words(cache_dir: Path, facts: dict[str, Any]) -> str:
         f"{facts['num_positions']:,} {facts['positions']} positions in {facts['num_shards']} shards",
         f"  stored      top {facts['top_k']} logits within {facts['max_logit_error']:g} nat, tails at T = "
         f"{', '.join(f'{t:g}' for t in facts['temperatures'])}, hidden states: "
-        f"{'yes' if facts['hidden_states'] else 'no'}",
+        f"{_hidden_in_words(facts)}",
         f"  size        {human_bytes(facts['bytes'])}; per position {facts['bytes_per_position']} B ids and logits, "
         f"{facts['scalar_bytes_per_position']} B scalars, {facts['hidden_bytes_per_position']} B hidden states",
     ]
     return "\n".join(lines)
+
+
+def _hidden_in_words(facts: dict[str, Any]) -> str:
+    if not facts["hidden_states"]:
+        return "no"
+    error = facts["hidden_logit_error"]
+    if error is None:
+        return f"yes, {facts['hidden_dtype']}"
+    return (
+        f"yes, {facts['hidden_dtype']}: logits from them within {error['mean']:.2g} nat on average, {error['max']:.2g} "
+        f"at most (on the dump's pilot)"
+    )
 
 
 def human_bytes(num_bytes: float) -> str:

@@ -2,6 +2,8 @@
 
 import resource
 import shutil
+from collections.abc import Sequence
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ from pipeline.progress import progress_bar
 from pipeline.run_record import RunRecord
 from workers.device import device_name, resolve_device
 from workers.distill.checkpoint import FOLDER, save_checkpoint
+from workers.distill.checks import asked_of, check
 from workers.distill.config import DistillConfig
-from workers.distill.order import steps_per_epoch
-from workers.distill.train import Training, check, num_steps_of, prepare
+from workers.distill.train import Training, num_steps_of, order_of, prepare
 from workers.errors import InputError
 from workers.evaluate.overlap import evaluate_on_cache
+from workers.lookup.opening import source_of_misses
 from workers.teacher.checkpoint import identity_of
 from workers.tokenizers import load_tokenizer
 
@@ -32,8 +35,8 @@ def run(config: DistillConfig, run_dir: Path, *, resume: bool) -> dict[str, Any]
         InputError, CacheError: something does not fit; see ``workers.distill.train.prepare``.
     """
     record = RunRecord(run_dir)
-    reader, eval_reader, device = check_all(config)
-    made_of = _made_of(config, reader, eval_reader, device)
+    readers, eval_reader, device = check_all(config)
+    made_of = _made_of(config, readers, eval_reader, device)
     asked = config.model_dump(mode="json")
     record.find(asked, made_of, resume=resume)  # refuses another run's directory before anything is made
     with exclusive(run_dir):
@@ -42,34 +45,36 @@ def run(config: DistillConfig, run_dir: Path, *, resume: bool) -> dict[str, Any]
             shutil.rmtree(run_dir / FOLDER, ignore_errors=True)  # where a kill came between the summary and this
             return finished
         record.discard_leftovers()
-        training = prepare(config, reader, run_dir, device)
-        before = _evaluate(training, eval_reader) if training.first_step == 0 else record.eval_before()
-        record.begin(asked, made_of, before)
-        _train(training, record, eval_reader)
-        after = _evaluate(training, eval_reader)
-        _save_model(training, record)
+        with closing(prepare(config, readers, run_dir, device)) as training:
+            before = _evaluate(training, eval_reader) if training.first_step == 0 else record.eval_before()
+            record.begin(asked, made_of, before)
+            _train(training, record, eval_reader)
+            after = _evaluate(training, eval_reader)
+            _save_model(training, record)
         summary = record.finish({"peak_memory_bytes": _peak_memory_bytes(device), "eval_before": before, "eval": after})
         shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
     return summary
 
 
-def check_all(config: DistillConfig) -> tuple[CacheReader, CacheReader | None, torch.device]:
+def check_all(config: DistillConfig) -> tuple[list[CacheReader], CacheReader | None, torch.device]:
     """Open the caches and find the device, refusing from files alone what cannot be trained."""
-    reader = check(config)
-    return reader, _eval_reader(config, reader), resolve_device(config.device)
+    readers = check(config)
+    return readers, _eval_reader(config, readers[0]), resolve_device(config.device)
 
 
-def expected_work(config: DistillConfig, reader: CacheReader) -> dict[str, Any]:
+def expected_work(config: DistillConfig, readers: Sequence[CacheReader]) -> dict[str, Any]:
     """What a run would do, for ``--dry-run``."""
-    per_epoch = steps_per_epoch(len(reader), config.sequences_per_step)
-    num_steps = num_steps_of(config, reader)
+    order = order_of(config, readers)
+    num_steps = num_steps_of(config, order)
+    sources = [source_of_misses(reader, asked_of(config)) for reader in readers]
     return {
         "steps": num_steps,
-        "epochs": num_steps / per_epoch,
-        "sequences_in_cache": len(reader),
-        "positions_in_cache": reader.manifest.num_positions,
-        "loss": {"name": config.loss.name, **config.loss.parameters(reader.plan.top_k)},
-        "lookups_from": "hidden" if reader.has_hidden_states else "live" if config.teacher else "cached",
+        "epochs": num_steps / order.steps_per_epoch,
+        "sequences_in_cache": sum(len(reader) for reader in readers),
+        "positions_in_cache": sum(reader.manifest.num_positions for reader in readers),
+        "sequences_per_epoch": list(order.quotas),
+        "loss": {"name": config.loss.name, **_loss_parameters(config, readers)},
+        "lookups_from": ", ".join(dict.fromkeys(sources)),
     }
 
 
@@ -92,8 +97,8 @@ def _eval_reader(config: DistillConfig, reader: CacheReader) -> CacheReader | No
     held_out = CacheReader(config.eval_cache)
     if held_out.plan.tokenizer.fingerprint != reader.plan.tokenizer.fingerprint:
         raise InputError(
-            f"--eval-cache {config.eval_cache} was made with another tokenizer than {config.cache}: dump it with the "
-            f"same teacher."
+            f"--eval-cache {config.eval_cache} was made with another tokenizer than {reader.cache_dir}: dump it with "
+            f"the same teacher."
         )
     return held_out
 
@@ -108,16 +113,16 @@ def _evaluate(training: Training, eval_reader: CacheReader | None) -> dict[str, 
 
 
 def _made_of(
-    config: DistillConfig, reader: CacheReader, eval_reader: CacheReader | None, device: torch.device
+    config: DistillConfig, readers: Sequence[CacheReader], eval_reader: CacheReader | None, device: torch.device
 ) -> dict[str, Any]:
     """What the config names by path, by content; and what it ran on."""
     import transformers
 
     return {
-        "manifest_sha256": reader.manifest_sha256,
+        "manifest_sha256": [reader.manifest_sha256 for reader in readers],
         "eval_manifest_sha256": eval_reader.manifest_sha256 if eval_reader else None,
         "student_fingerprint": identity_of(config.student, None).fingerprint,
-        "loss_parameters": config.loss.parameters(reader.plan.top_k),
+        "loss_parameters": _loss_parameters(config, readers),
         "device": device_name(device),
         "versions": {
             "logit-cache": version("logit-cache"),
@@ -127,12 +132,16 @@ def _made_of(
     }
 
 
+def _loss_parameters(config: DistillConfig, readers: Sequence[CacheReader]) -> dict[str, Any]:
+    return config.loss.parameters(min(reader.plan.top_k for reader in readers))
+
+
 def _save_model(training: Training, record: RunRecord) -> None:
     """Publish the student as a plain Hugging Face model with the cache's tokenizer."""
     if record.model_dir.exists():
         return
     model = training.student.model
-    tokenizer_dir, responses = training.reader.tokenizer_dir, training.reader.plan.responses
+    tokenizer_dir, responses = training.readers[0].tokenizer_dir, training.readers[0].plan.responses
     ends = responses.end_token_ids if responses else (load_tokenizer(str(tokenizer_dir)).eos_token_id,)
     if model.generation_config is not None:
         # It was trained to end as the teacher does, which need not be how the base model did.

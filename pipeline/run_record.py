@@ -22,7 +22,7 @@ METRICS_NAME = "metrics.jsonl"
 MODEL_NAME = "model"
 # Paths, which the fingerprints beside them say better, and what changes nothing of the training.
 _NOT_COMPARED = {
-    "cache", "eval_cache", "student", "teacher", "device", "versions", "checkpoint_every", "eval_every"
+    "cache", "eval_cache", "student", "teacher", "lookups", "device", "versions", "checkpoint_every", "eval_every"
 }  # fmt: skip
 
 
@@ -137,6 +137,7 @@ class RunRecord:
             "seconds": seconds,
             "positions_per_second": positions / seconds,
             "lookups": dict(lookups),
+            "bound_share": lookups["bound"] / max(1, lookups.total()),
             "teacher_forwards": sum(record["teacher_forwards"] for record in records),
             "model": str(self.model_dir),
             **extra,

@@ -9,6 +9,7 @@ from cache_schema.errors import CacheError
 from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.verify import verify
+from pipeline.lookups import faults_in_log
 from pipeline.progress import progress_bar
 from workers.lookup.stored import require_head_of_cache
 from workers.teacher.lm_head import load_head
@@ -32,6 +33,7 @@ def verify_cache(cache_dir: Path) -> dict[str, Any]:
                 except CacheError as error:
                     errors.append({"file": LM_HEAD_NAME, "reason": str(error)})
                 progress(recomputed, recomputed)
+        errors += [{"file": file, "reason": reason} for file, reason in faults_in_log(reader)]
     return {
         "ok": not errors,
         "checked_bytes": report.checked_bytes,

@@ -13,9 +13,11 @@ def size_in_words(size: dict[str, Any]) -> str:
         f"  logits         about {human_bytes(size['logits_bytes'])}",
     ]
     if size["hidden_bytes"]:
+        int8 = size["hidden_dtype"] == "int8"
         lines.append(
-            f"  hidden states  {about}{human_bytes(size['hidden_bytes'])}; without them (--no-hidden-states) every "
-            f"student that looks outside the top k needs the teacher again"
+            f"  hidden states  {'at most ' if int8 else about}{human_bytes(size['hidden_bytes'])}"
+            f"{' as int8' if int8 else ''}; without them (--no-hidden-states) every student that looks outside the "
+            f"top k needs the teacher again"
         )
     else:
         lines.append("  hidden states  none: students that look outside the top k will need the teacher again")
@@ -40,6 +42,14 @@ def report_in_words(cache_dir: Path, report: dict[str, Any]) -> str:
     return "\n".join(lines + [f"  {error['file']}: {error['reason']}" for error in report["errors"]])
 
 
+def compaction_in_words(folded: dict[str, Any]) -> str:
+    return (
+        f"{folded['log']}: {folded['files_before']:,} files ({human_bytes(folded['bytes_before'])}) are now "
+        f"{folded['files_after']:,} ({human_bytes(folded['bytes_after'])}); {folded['duplicates']:,} repeated sequences "
+        f"dropped"
+    )
+
+
 def work_in_words(work: dict[str, Any]) -> str:
     loss = ", ".join(f"{key} {value}" for key, value in work["loss"].items())
     return (
@@ -59,12 +69,18 @@ def run_in_words(summary: dict[str, Any]) -> str:
         f"  loss      {summary['first_loss']:.4f} at the first step, {summary['loss']:.4f} at the last",
         f"  lookups   {tiers or 'none'}{f' of {pairs:,}' if pairs else ''}; teacher forwards "
         f"{summary['teacher_forwards']:,}",
+        *_approximate(summary),
         f"  memory    {human_bytes(summary['peak_memory_bytes'])} at the peak",
     ]
     for label, measured in (("before", summary["eval_before"]), ("after", summary["eval"])):
         if measured:
             lines.append(f"  {label:<9} {_measured_line(measured)}")
     return "\n".join([*lines, f"  model     {summary['model']}"])
+
+
+def _approximate(summary: dict[str, Any]) -> list[str]:
+    share = summary["bound_share"]
+    return [f"  NOT exact {share:.1%} of the lookups were answered with an upper bound"] if share else []
 
 
 def evaluation_in_words(measured: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from cache_schema import CacheReader
 from tests.command_line import pipeline
 from tests.conftest import dump
-from workers.distill.order import step_indexes
+from workers.distill.order import Order
 from workers.distill.student import keep_layers
 from workers.losses.dense import dense_loss
 
@@ -52,11 +52,9 @@ def live_losses(cache: Path, teacher_dir: Path, name: str) -> Iterator[float]:
     student = AutoModelForCausalLM.from_pretrained(teacher_dir).train()
     keep_layers(student, (0, 2))
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+    order = Order([len(reader)], None, sequences_per_step=6, seed=7)
     for step in range(STEPS):
-        sequences = [
-            reader[index].sequence
-            for index in step_indexes(step, num_sequences=len(reader), sequences_per_step=6, seed=7)
-        ]
+        sequences = [reader[pick.index].sequence for pick in order.step(step)]
         values: list[Tensor] = []
         for sequence in sequences:
             input_ids = torch.tensor(sequence.input_ids).long()[None]
@@ -173,7 +171,7 @@ def test_the_run_directory_holds_what_the_run_was(cache_dir: Path, teacher_dir: 
         "config.toml", "metrics.jsonl", "model", "run.json",
     ]  # fmt: skip
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["manifest_sha256"] == CacheReader(cache_dir).manifest_sha256
+    assert record["manifest_sha256"] == [CacheReader(cache_dir).manifest_sha256]
     assert record["summary"] == summary
     assert summary["eval"]["overlap"]["8"] > summary["eval_before"]["overlap"]["8"]
     evaluated = pipeline("evaluate", tmp_path / "run" / "model", "--cache", cache_dir, "--json").json

@@ -14,8 +14,10 @@ from tests.tiny_models import save_tiny_llama
 from workers.errors import InputError
 from workers.lookup.batch import collate
 from workers.lookup.ladder import Ladder
-from workers.lookup.live import LiveHiddenStates
-from workers.lookup.stored import CachedHiddenStates, require_head_of_cache, stored_hidden_states
+from workers.lookup.live import LiveTeacher
+from workers.lookup.opening import stored_ladder
+from workers.lookup.states import TeacherStates
+from workers.lookup.stored import require_head_of_cache, stored_head, stored_hidden_states
 from workers.ordering import exact_top_k
 from workers.teacher.checkpoint import identity_of
 from workers.teacher.lm_head import load_head, save_head
@@ -48,6 +50,17 @@ def reader_of_all(teacher_dir, sequences, tmp_path_factory):
     return dump_tiny_cache(tmp_path_factory.mktemp("caches") / "all", teacher_dir, sequences, positions="all")
 
 
+@pytest.fixture(scope="module")
+def bare_reader(teacher_dir, sequences, tmp_path_factory):
+    """Of a cache without hidden states."""
+    return dump_tiny_cache(tmp_path_factory.mktemp("caches") / "bare", teacher_dir, sequences, hidden_states=False)
+
+
+def live_ladder(reader, teacher_dir):
+    teacher = load_teacher(teacher_dir, reader.plan)
+    return Ladder(TeacherStates(reader, teacher.lm_head, live=LiveTeacher(reader, teacher)))
+
+
 def positions_of(reader, part="response", indexes=None):
     return collate(reader, range(len(reader)) if indexes is None else indexes, [part], CPU).parts[part]
 
@@ -78,12 +91,12 @@ def assert_answers_are_the_teacher_s(answers, expected, stored, step):
 
 
 @pytest.mark.parametrize("source_of", ["hidden", "live"])
-def test_every_logit_is_the_teacher_s_and_every_pair_is_counted_once(reader, model, teacher_dir, source_of):
-    if source_of == "hidden":
-        source = CachedHiddenStates(reader, CPU)
-    else:
-        source = LiveHiddenStates(reader, load_teacher(teacher_dir, reader.plan))
-    ladder, positions = Ladder(source), positions_of(reader)
+def test_every_logit_is_the_teacher_s_and_every_pair_is_counted_once(
+    reader, bare_reader, model, teacher_dir, source_of
+):
+    reader = reader if source_of == "hidden" else bare_reader
+    ladder = stored_ladder(reader, CPU) if source_of == "hidden" else live_ladder(reader, teacher_dir)
+    positions = positions_of(reader)
     answers = ladder.logits_at(positions, every_id(positions))
     assert_answers_are_the_teacher_s(answers, dense_logits(model, reader), is_stored(positions), STEP)
     assert not answers.requires_grad
@@ -98,7 +111,7 @@ def test_every_logit_is_the_teacher_s_and_every_pair_is_counted_once(reader, mod
 def test_float32_logits_are_stored_exactly(teacher_dir, sequences, model, tmp_path):
     reader = dump_tiny_cache(tmp_path / "cache", teacher_dir, sequences, logit_step=0)
     positions = positions_of(reader)
-    answers = Ladder(CachedHiddenStates(reader, CPU)).logits_at(positions, every_id(positions))
+    answers = stored_ladder(reader, CPU).logits_at(positions, every_id(positions))
     assert_answers_are_the_teacher_s(answers, dense_logits(model, reader), is_stored(positions), 0)
 
 
@@ -112,7 +125,7 @@ def test_half_precision_hidden_states_give_the_half_precision_teacher_s_logits(t
     weight = load_teacher(teacher_dir, reader.plan).lm_head.weight_VD
     assert weight.dtype == hidden.dtype
     expected = (hidden.double() @ weight.double().T).float()
-    answers = Ladder(CachedHiddenStates(reader, CPU)).logits_at(positions, every_id(positions))
+    answers = stored_ladder(reader, CPU).logits_at(positions, every_id(positions))
     assert_answers_are_the_teacher_s(answers, expected, is_stored(positions), STEP)
 
 
@@ -121,7 +134,7 @@ def test_a_mix_of_stored_and_other_ids_is_answered_in_place(reader, model):
     ids = torch.randint(VOCAB_SIZE, (len(positions), 11), generator=torch.Generator().manual_seed(0))
     ids[:, 3] = positions.token_ids_NK[:, -1]
     ids[:, 4] = ids[:, 5]  # asked twice, answered and counted twice
-    ladder = Ladder(CachedHiddenStates(reader, CPU))
+    ladder = stored_ladder(reader, CPU)
     stored = is_stored(positions).gather(1, ids)
     expected = dense_logits(model, reader).gather(1, ids)
     assert_answers_are_the_teacher_s(ladder.logits_at(positions, ids), expected, stored, STEP)
@@ -131,20 +144,20 @@ def test_a_mix_of_stored_and_other_ids_is_answered_in_place(reader, model):
 
 def test_whole_rows_are_the_teacher_s(reader, model):
     positions, expected = positions_of(reader), dense_logits(model, reader)
-    ladder = Ladder(CachedHiddenStates(reader, CPU))
+    ladder = stored_ladder(reader, CPU)
     for chunk in (slice(0, 5), slice(5, 6), slice(6, len(positions))):
         torch.testing.assert_close(ladder.rows(positions, chunk), expected[chunk], rtol=1e-5, atol=1e-4)
 
 
 def test_a_batch_of_some_sequences_in_another_order_is_answered_for_those(reader, model):
     positions = positions_of(reader, indexes=[4, 1, 6])
-    answers = Ladder(CachedHiddenStates(reader, CPU)).logits_at(positions, every_id(positions))
+    answers = stored_ladder(reader, CPU).logits_at(positions, every_id(positions))
     assert_answers_are_the_teacher_s(answers, dense_logits(model, reader, [4, 1, 6]), is_stored(positions), STEP)
 
 
-def test_a_live_teacher_runs_once_for_a_batch_and_again_for_the_next(reader, teacher_dir):
-    ladder = Ladder(LiveHiddenStates(reader, load_teacher(teacher_dir, reader.plan)))
-    first, second = positions_of(reader, indexes=[0, 2]), positions_of(reader, indexes=[1, 3, 5])
+def test_a_live_teacher_runs_once_for_a_batch_and_again_for_the_next(bare_reader, teacher_dir):
+    ladder = live_ladder(bare_reader, teacher_dir)
+    first, second = positions_of(bare_reader, indexes=[0, 2]), positions_of(bare_reader, indexes=[1, 3, 5])
     ladder.logits_at(first, first.token_ids_NK)
     assert ladder.take_counts()[1] == 0  # nothing was missing
     ladder.logits_at(first, every_id(first))
@@ -155,10 +168,10 @@ def test_a_live_teacher_runs_once_for_a_batch_and_again_for_the_next(reader, tea
 
 
 def test_without_hidden_states_or_teacher_the_stored_ids_are_answered_and_no_other(reader):
-    ladder, positions = Ladder(None), positions_of(reader)
+    ladder, positions = Ladder(), positions_of(reader)
     assert torch.equal(ladder.logits_at(positions, positions.token_ids_NK.flip(1)), positions.logits_NK.flip(1))
     assert ladder.take_counts()[0]["cached"] == positions.token_ids_NK.numel()
-    with pytest.raises(InputError, match="neither hidden states nor a teacher"):
+    with pytest.raises(InputError, match="no hidden states, teacher or bound"):
         ladder.logits_at(positions, every_id(positions)[:, :20])
 
 
@@ -185,7 +198,7 @@ def test_the_parts_of_a_cache_of_all_positions_point_at_their_tokens(reader_of_a
                 assert float((positions.logits_NK[n] - values[0]).abs().max()) <= STEP / 2 + 1e-4
                 n += 1
     assert n == len(positions) == batch.num_positions(part)
-    answers = Ladder(CachedHiddenStates(reader_of_all, CPU)).logits_at(positions, every_id(positions))
+    answers = stored_ladder(reader_of_all, CPU).logits_at(positions, every_id(positions))
     rows = [
         (logits[token - 1])
         for index in order
@@ -241,7 +254,7 @@ def test_hidden_states_are_not_read_with_a_wrong_head(teacher_dir, sequences, tm
     head = load_head(reader.lm_head_path, CPU)
     save_head(dataclasses.replace(head, weight_VD=head.weight_VD.flip(0)), reader.lm_head_path)
     with pytest.raises(CacheCorruptError, match="its SHA-256 is not the manifest"):
-        CachedHiddenStates(reader, CPU)
+        stored_head(reader, CPU)
 
 
 def test_another_teacher_is_refused(reader, teacher_dir, tmp_path):
@@ -249,7 +262,7 @@ def test_another_teacher_is_refused(reader, teacher_dir, tmp_path):
     for model_dir, dtype, field in ((other, "float32", "fingerprint"), (teacher_dir, "bfloat16", "dtype")):
         plan = reader.plan.model_copy(update={"teacher": identity_of(str(model_dir), dtype)})
         with pytest.raises(CacheMismatchError, match=f"its {field} is"):
-            LiveHiddenStates(reader, load_teacher(model_dir, plan))
+            LiveTeacher(reader, load_teacher(model_dir, plan))
 
 
 def test_stored_hidden_states_are_the_teacher_s(reader, model):

@@ -23,8 +23,7 @@ from tests.tiny_models import build_tiny_model, save_tiny_llama, save_tiny_model
 from workers.distill.student import StudentLoss, Term, keep_layers, load_student
 from workers.errors import InputError
 from workers.lookup.batch import collate
-from workers.lookup.ladder import Ladder
-from workers.lookup.stored import CachedHiddenStates
+from workers.lookup.opening import stored_ladder
 from workers.losses.catalogue import LOSSES
 from workers.losses.dense import dense_loss
 from workers.teacher import lm_head
@@ -173,7 +172,7 @@ TERMS = {
 
 def module_of(tiny, model, terms, *, autocast=False):
     return StudentLoss(
-        model, Ladder(CachedHiddenStates(tiny.reader, CPU)), terms, vocab_size=VOCAB_SIZE, autocast=autocast
+        model, [stored_ladder(tiny.reader, CPU)], terms, vocab_size=VOCAB_SIZE, autocast=autocast
     )
 
 
@@ -310,7 +309,7 @@ def test_lookups_are_counted_for_the_ids_the_student_leads_with(tiny):
     model, batch = build_student(), collate(tiny.reader, range(7), ["response"], CPU)
     module = module_of(tiny, model, TERMS["bild"])
     module(batch, {"response": 1})
-    counts, forwards = module._ladder.take_counts()
+    counts, forwards = module._ladders[0].take_counts()
     assert sum(counts.values()) == 8 * batch.num_positions("response")
     assert counts["cached"] + counts["hidden"] == sum(counts.values())
     assert forwards == 0

@@ -2,7 +2,7 @@
 
 BiLD depends on how ties are broken, and half-precision logits tie at most positions.
 
-Shape suffixes: N = positions, V = vocabulary, K = chosen ids per position.
+Shape suffixes: N = positions, V = vocabulary, K = chosen ids per position, M = ids looked for.
 """
 
 import torch
@@ -31,3 +31,11 @@ def sort_by_logit(values_NK: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Order ids that stand in ascending order by (-logit, id). Values and ids, [N, K] each"""
     values_NK, order_NK = values_NK.sort(dim=1, descending=True, stable=True)
     return values_NK, ids_NK.gather(1, order_NK)
+
+
+def find_ids(ids_NK: Tensor, values_NK: Tensor, wanted_NM: Tensor) -> tuple[Tensor, Tensor]:
+    """Look ids up among those of their row: whether each is there, and its value (any, where it is not). [N, M] each"""
+    sorted_NK, order_NK = ids_NK.sort(dim=1)
+    place_NM = torch.searchsorted(sorted_NK, wanted_NM.contiguous()).clamp_(max=ids_NK.shape[1] - 1)
+    found_NM = sorted_NK.gather(1, place_NM) == wanted_NM
+    return found_NM, values_NK.gather(1, order_NK.gather(1, place_NM))

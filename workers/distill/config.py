@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from workers.lookup.config import LookupConfig, OnMiss
 from workers.losses.catalogue import LOSSES, Value
 
 
@@ -64,7 +65,10 @@ class OptimizerConfig(_Section):
 
 
 class DistillConfig(_Section):
-    cache: str
+    cache: tuple[str, ...] = Field(min_length=1)
+    """One cache, or several that one tokenizer made."""
+    weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
+    """Shares of several caches in an epoch, one a cache; None takes every sequence of all of them once."""
     student: str
     student_layers: tuple[int, ...] | None = None
     """Make the student of these layers of ``student``."""
@@ -73,6 +77,10 @@ class DistillConfig(_Section):
     """A second loss, on the prompt's positions; needs a cache of all positions."""
     teacher: str | None = None
     """For lookups that neither the stored top-k nor stored hidden states can answer."""
+    on_miss: OnMiss = "refuse"
+    """``bound`` lets an upper bound stand for what no tier answers; otherwise such a run does not start."""
+    lookups: LookupConfig = LookupConfig()
+    """How lookups outside the stored top-k are answered; none of it changes the student."""
     epochs: int = Field(1, ge=1)
     steps: int | None = Field(None, ge=1)
     """Wins over epochs."""
@@ -96,8 +104,17 @@ class DistillConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _loss_by_name(cls, values: Any) -> Any:
-        """``loss = "kl"`` is short for ``loss = {name = "kl"}``."""
+        """``loss = "kl"`` is short for ``loss = {name = "kl"}``, and one cache for a list of one."""
         if isinstance(values, dict):
             named = {key: {"name": values[key]} for key in ("loss", "prompt_loss") if isinstance(values.get(key), str)}
-            return {**values, **named}
+            caches = {"cache": [values["cache"]]} if isinstance(values.get("cache"), str) else {}
+            return {**values, **named, **caches}
         return values
+
+    @model_validator(mode="after")
+    def _a_weight_a_cache(self) -> "DistillConfig":
+        if self.weights is not None and len(self.weights) != len(self.cache):
+            raise ValueError(f"weights has {len(self.weights)} entries for {len(self.cache)} caches: give one a cache")
+        if len(set(self.cache)) != len(self.cache):
+            raise ValueError("cache names one directory twice: give it once, with a weight")
+        return self

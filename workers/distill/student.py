@@ -34,10 +34,12 @@ class Term:
 class StudentLoss(nn.Module):
     """A student with its loss as one module: what DDP or DeepSpeed would wrap, so no parameter is used behind it."""
 
-    def __init__(self, model: Any, ladder: Ladder, terms: Sequence[Term], *, vocab_size: int, autocast: bool) -> None:
+    def __init__(
+        self, model: Any, ladders: Sequence[Ladder], terms: Sequence[Term], *, vocab_size: int, autocast: bool
+    ) -> None:
         super().__init__()
         self.model = model
-        self._ladder = ladder
+        self._ladders = tuple(ladders)
         self._terms = tuple(terms)
         self._vocab_size = vocab_size
         self._autocast = autocast
@@ -62,15 +64,18 @@ class StudentLoss(nn.Module):
             if self._autocast:
                 # Autocast leaves the final norm's output in float32; the head's matmuls are a small model's largest.
                 hidden_ND = hidden_ND.to(torch.bfloat16)
-            shares.append(self._term_share(term, positions, hidden_ND, 1.0 / max(counts[term.part], 1)))
+            weight = 1.0 / max(counts[term.part], 1)
+            shares.append(self._term_share(term, positions, hidden_ND, weight, self._ladders[batch.cache]))
         return torch.stack(shares).sum(), torch.stack(shares).detach()
 
-    def _term_share(self, term: Term, positions: TeacherPositions, hidden_ND: Tensor, weight: float) -> Tensor:
+    def _term_share(
+        self, term: Term, positions: TeacherPositions, hidden_ND: Tensor, weight: float, ladder: Ladder
+    ) -> Tensor:
         if len(positions) == 0:
             return hidden_ND.sum() * 0.0
         head = head_of(self.model, self._vocab_size)
         if term.loss.student_row:
-            return row_loss(head, hidden_ND, self._values_on_rows(term, positions), weight)[0]
+            return row_loss(head, hidden_ND, self._values_on_rows(term, positions, ladder), weight)[0]
         # The logits of both leaders' ids in one pass over the head; a half the loss does not use has no ids.
         k = int(term.params["k"])
         teacher_ids_NK = positions.token_ids_NK[:, : k if "top_k" in term.loss.needs else 0]
@@ -79,15 +84,19 @@ class StudentLoss(nn.Module):
             student_ids_NK = student_top_k(head, hidden_ND, k)
         chosen_NM = logits_at(head, hidden_ND, torch.cat([teacher_ids_NK, student_ids_NK], dim=1))
         at_teacher_NK, at_student_NK = chosen_NM.tensor_split([teacher_ids_NK.shape[1]], dim=1)
+
+        def ahead(num_ids: int) -> Tensor:
+            return student_top_k(head, hidden_ND, min(num_ids, self._vocab_size))
+
         targets = Targets(
             teacher_led=TopK(positions.logits_NK[:, : teacher_ids_NK.shape[1]], at_teacher_NK),
-            student_led=TopK(self._ladder.logits_at(positions, student_ids_NK), at_student_NK),
+            student_led=TopK(ladder.logits_at(positions, student_ids_NK, ahead), at_student_NK),
         )
         return term.loss.values(targets, term.params).sum() * weight
 
-    def _values_on_rows(self, term: Term, positions: TeacherPositions) -> Any:
+    def _values_on_rows(self, term: Term, positions: TeacherPositions, ladder: Ladder) -> Any:
         def values_of(student_CV: Tensor, chunk: slice) -> Tensor:
-            teacher_CV = self._ladder.rows(positions, chunk) if "full_row" in term.loss.needs else None
+            teacher_CV = ladder.rows(positions, chunk) if "full_row" in term.loss.needs else None
             labels_C = positions.labels_N[chunk]
             targets = Targets(student_row_NV=student_CV, teacher_row_NV=teacher_CV, labels_N=labels_C)
             return term.loss.values(targets, term.params)

@@ -16,7 +16,7 @@ from torch import Tensor
 from cache_schema.reader import CacheReader
 from workers.lookup.batch import TeacherPositions, collate
 from workers.lookup.ladder import Ladder
-from workers.lookup.stored import CachedHiddenStates
+from workers.lookup.opening import stored_ladder
 from workers.losses.divergences import kl_divergence
 from workers.ordering import exact_top_k
 from workers.teacher.checkpoint import body_of
@@ -36,13 +36,15 @@ def evaluate_on_cache(
     """
     model.eval()
     head = head_of(model, reader.plan.tokenizer.vocab_size)
-    ladder = Ladder(CachedHiddenStates(reader, device)) if reader.has_hidden_states else None
+    ladder = stored_ladder(reader, device) if reader.has_hidden_states else None
     overlap_ks = [k for k in OVERLAP_KS if k <= reader.plan.top_k]
     columns: list[Tensor] = []
     sequence_lengths: list[int] = []
     for first in range(0, len(reader), _SEQUENCES_PER_BATCH):
         indexes = range(first, min(first + _SEQUENCES_PER_BATCH, len(reader)))
         batch = collate(reader, indexes, ["response"], device)
+        if ladder is not None:
+            ladder.expect(indexes)
         positions = batch.parts["response"]
         with torch.inference_mode():
             hidden_BTD = body_of(model)(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from cache_schema.manifest import Plan
 from cache_schema.reader import CacheReader
-from cache_schema.sequence import ScoredSequence
+from cache_schema.sequence import ScoredSequence, TopKRows
 
 Part = Literal["response", "prompt"]
 """Which positions: those whose next token is trained, or (in a cache of ``all`` positions) the others."""
@@ -41,6 +43,8 @@ class TeacherPositions:
     token_ids_NK: Tensor
     logits_NK: Tensor
     labels_N: Tensor
+    bounds_N: Tensor
+    """No id outside the stored top-k has a higher logit, but for the rounding of the last stored one. float32"""
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -48,6 +52,8 @@ class TeacherPositions:
 
 @dataclass(frozen=True)
 class Batch:
+    cache: int
+    """Which of the run's caches its sequences are from."""
     input_ids_BT: Tensor
     parts: dict[Part, TeacherPositions]
 
@@ -55,13 +61,16 @@ class Batch:
         return len(self.parts[part]) if part in self.parts else 0
 
 
-def collate(reader: CacheReader, indexes: Sequence[int], parts: Sequence[Part], device: torch.device) -> Batch:
+def collate(
+    reader: CacheReader, indexes: Sequence[int], parts: Sequence[Part], device: torch.device, cache: int = 0
+) -> Batch:
     """Read sequences of a cache into one batch; padding is token 0, on the right, and no position points at it."""
     scored = [reader[index] for index in indexes]
     input_ids = np.zeros((len(scored), max(s.sequence.num_tokens for s in scored)), dtype=np.int64)
     for row, item in enumerate(scored):
         input_ids[row, : item.sequence.num_tokens] = item.sequence.input_ids
     return Batch(
+        cache=cache,
         input_ids_BT=torch.from_numpy(input_ids).to(device),
         parts={part: _positions(reader, indexes, scored, part, device) for part in parts},
     )
@@ -84,7 +93,18 @@ def _positions(
                 item.rows.token_ids[kept].astype(np.int64),
                 item.rows.logits[kept],
                 sequence.input_ids[tokens + 1].astype(np.int64),
+                _bounds(reader.plan, item.rows)[kept],
             )
         )
     stacked: list[np.ndarray[Any, Any]] = [np.concatenate(column) for column in zip(*columns, strict=True)]
     return TeacherPositions(tuple(members), *(torch.from_numpy(column).to(device) for column in stacked))
+
+
+def _bounds(plan: Plan, rows: TopKRows) -> npt.NDArray[np.float32]:
+    """The lower of the last stored logit, which no other exceeds, and the log-sum-exp of all others, which none
+    exceeds alone. [P]"""
+    last = rows.logits[:, -1]
+    if 1.0 not in plan.temperatures:
+        return last
+    tail: npt.NDArray[np.float32] = rows.tail_logsumexp[:, plan.temperatures.index(1.0)]
+    return np.minimum(last, tail)

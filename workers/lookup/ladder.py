@@ -1,96 +1,197 @@
-"""Answers the teacher's logit of any token at any cached position, by the cheapest exact way there is.
+"""Answers the teacher's logit of any token at any cached position, by the cheapest way there is.
 
-Tiers, in order: ``cached`` (the id is in the stored top-k), then ``hidden`` (one dot product of the stored hidden
-state and the head's row) or ``live`` (the same, from a teacher that is run for it).
+Tiers, in order: ``cached`` (the id is in the stored top-k), ``hidden`` (the stored hidden state times the head's row),
+``logged`` (the same from a hidden state, or the answer itself, that a live teacher gave some run before), ``live`` (the
+same from a teacher that is run for it, and logged), ``bound`` (an upper bound, where the run allows one).
 
-Shape suffixes: N = positions, K = stored top-k, M = asked ids per position, Q = missing pairs, V = vocabulary,
-C = positions of a chunk, D = hidden size.
+Shape suffixes: B = sequences, N = positions, K = stored top-k, M = asked ids per position, Q = missing pairs,
+V = vocabulary, C = positions of a chunk, D = hidden size, F = ids fetched ahead.
 """
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from workers.errors import InputError
+from workers.lookup.answers import AnswerLog
 from workers.lookup.batch import TeacherPositions
-from workers.lookup.live import HiddenStateSource
+from workers.lookup.states import Held, TeacherStates
+from workers.ordering import find_ids
+from workers.teacher.lm_head import LMHead
 
 TIERS = ("cached", "logged", "hidden", "live", "bound")
+Ahead = Callable[[int], Tensor]
+"""Gives the student's so many highest ids at the positions that are asked about. int64 [N, F]"""
+Answer = tuple[Tensor, Tensor | None]
+"""Logits of the pairs, float32 [Q], and which of them are answered, bool [Q]; None means all."""
 
 
 class Ladder:
-    """One run's way to the teacher's logits; counts every pair it answers, by tier.
+    """One run's way to the teacher's logits of one cache; counts every pair it answers, by tier.
 
     Args:
-        source: where hidden states come from; None leaves the ``cached`` tier alone.
+        states: where hidden states come from; None where no tier has any.
+        answers: a log of answers, for sequences without hidden states.
+        bound: whether what no other tier answers gets the bound.
     """
 
-    def __init__(self, source: HiddenStateSource | None) -> None:
-        self._source = source
+    def __init__(
+        self, states: TeacherStates | None = None, *, answers: AnswerLog | None = None, bound: bool = False
+    ) -> None:
+        self._states = states
+        self._answers = answers
+        self._bound = bound
+        self._tiers = (self._from_states, self._from_answers, self._from_teacher, self._bounded)
         self._counts: dict[str, Tensor | int] = dict.fromkeys(TIERS, 0)
         self._forwards_taken = 0
-        self._held_sequences: tuple[tuple[int, ...], list[Tensor]] = ((), [])
-        self._held_positions: tuple[TeacherPositions, Tensor] | None = None
+        self._assembled: tuple[TeacherPositions, tuple[Held | None, ...], Tensor] | None = None
 
-    def logits_at(self, positions: TeacherPositions, ids_NM: Tensor) -> Tensor:
+    def expect(self, indexes: Iterable[int]) -> None:
+        """Begin a step over these sequences: a teacher that has to be run for one is run for all it will be asked."""
+        if self._states is not None:
+            self._states.expect(indexes)
+
+    def logits_at(self, positions: TeacherPositions, ids_NM: Tensor, ahead: Ahead | None = None) -> Tensor:
         """The teacher's logits of chosen ids, detached. float32 [N, M]
 
         Raises:
-            InputError: an id is outside the stored top-k and no other tier was given.
+            InputError: no tier of this run can answer.
         """
-        # [N, M, K] bools: a compare, cheaper than a hash for the few hundred K there are.
-        matches_NMK = ids_NM.unsqueeze(2) == positions.token_ids_NK.unsqueeze(1)
-        found_NM, place_NM = matches_NMK.max(dim=2)
-        logits_NM = positions.logits_NK.gather(1, place_NM)
-        num_found = found_NM.sum()
-        self._count("cached", num_found)
-        missing_Q2 = (~found_NM).nonzero()
-        if len(missing_Q2) == 0:
-            return logits_NM
-        if self._source is None:
-            raise InputError("a lookup left the stored top-k, but the run has neither hidden states nor a teacher")
-        self._count(self._source.tier, len(missing_Q2))
-        rows_Q, columns_Q = missing_Q2.unbind(1)
-        logits_NM[rows_Q, columns_Q] = self._pairs(positions, rows_Q, ids_NM[rows_Q, columns_Q]).to(logits_NM.device)
+        found_NM, logits_NM = find_ids(positions.token_ids_NK, positions.logits_NK, ids_NM)
+        self._count("cached", found_NM.sum())
+        rows_Q, columns_Q = (~found_NM).nonzero(as_tuple=True)
+        open_Q = torch.arange(len(rows_Q), device=rows_Q.device)
+        for tier in self._tiers:
+            if len(open_Q) == 0:
+                return logits_NM
+            rows, columns = rows_Q[open_Q], columns_Q[open_Q]
+            answered = tier(positions, rows, ids_NM[rows, columns], ahead)
+            if answered is not None:
+                values, which = answered
+                if which is None:
+                    logits_NM[rows, columns] = values.to(logits_NM.device)
+                    return logits_NM
+                logits_NM[rows[which], columns[which]] = values.to(logits_NM.device)[which]
+                open_Q = open_Q[~which]
+        if len(open_Q):
+            raise InputError(
+                "a lookup left the stored top-k, and the run has no hidden states, teacher or bound for it: give "
+                "--teacher or --on-miss bound."
+            )
         return logits_NM
 
     def rows(self, positions: TeacherPositions, chunk: slice) -> Tensor:
-        """The teacher's whole rows at some of the positions, detached. float32 [C, V]"""
-        assert self._source is not None
+        """The teacher's whole rows at some of the positions, detached. float32 [C, V]
+
+        Raises:
+            InputError: no hidden states of a sequence, and no teacher.
+        """
+        everyone = range(len(positions.members))
+        held = self._held(positions, everyone)
+        if None in held and self._states is not None and self._states.has_teacher:
+            self._states.fetch(member.index for member in positions.members)
+            held = self._held(positions, everyone)
+        if None in held:
+            raise InputError("a loss needs the teacher's whole rows, and the run has neither hidden states nor teacher")
         with torch.no_grad():
-            return self._source.head.logits(self._hidden_states(positions)[chunk])
+            return self._head.logits(self._assemble(positions, held)[chunk])
 
     def take_counts(self) -> tuple[dict[str, int], int]:
         """Pairs answered per tier and teacher forwards since the last call. Synchronises the device."""
         counts = {tier: int(count) for tier, count in self._counts.items()}
         self._counts = dict.fromkeys(TIERS, 0)
-        total = self._source.teacher_forwards if self._source else 0
+        total = self._states.teacher_forwards if self._states else 0
         forwards, self._forwards_taken = total - self._forwards_taken, total
         return counts, forwards
 
-    def _pairs(self, positions: TeacherPositions, rows_Q: Tensor, ids_Q: Tensor) -> Tensor:
-        assert self._source is not None
-        hidden_ND = self._hidden_states(positions)
-        device = hidden_ND.device
+    def _from_states(
+        self, positions: TeacherPositions, rows_Q: Tensor, ids_Q: Tensor, ahead: Ahead | None
+    ) -> Answer | None:
+        pairs_B = _pairs_per_sequence(positions, rows_Q)
+        asked = [row for row, pairs in enumerate(pairs_B) if pairs]
+        held = self._held(positions, asked)
+        if not any(held):
+            return None
+        for item, pairs in zip(held, pairs_B, strict=True):
+            if item is not None:
+                self._count(item.tier, pairs)
+        hidden_ND = self._assemble(positions, held)
         with torch.no_grad():
-            hidden_QD = hidden_ND[rows_Q.to(device)]
-            return self._source.head.logits_at(hidden_QD, ids_Q.to(device).unsqueeze(1)).squeeze(1)
+            logits_Q = self._head.logits_of_pairs(hidden_ND, rows_Q.to(hidden_ND.device), ids_Q.to(hidden_ND.device))
+        if all(held[row] for row in asked):
+            return logits_Q, None
+        held_B = torch.tensor([item is not None for item in held], device=rows_Q.device)
+        return logits_Q, held_B[positions.sequence_of_N[rows_Q]]
 
-    def _hidden_states(self, positions: TeacherPositions) -> Tensor:
-        """[N, D] on the head's device. What was asked last is kept: chunks ask for the same positions, response and
-        prompt for the same sequences."""
-        assert self._source is not None
-        if self._held_positions is not None and self._held_positions[0] is positions:
-            return self._held_positions[1]
-        indexes = tuple(member.index for member in positions.members)
-        if self._held_sequences[0] != indexes:
-            self._held_sequences = (indexes, self._source.hidden_states(indexes))
-        states = [
-            states_PD[member.stored_rows.to(states_PD.device)]
-            for states_PD, member in zip(self._held_sequences[1], positions.members, strict=True)
+    def _from_answers(
+        self, positions: TeacherPositions, rows_Q: Tensor, ids_Q: Tensor, ahead: Ahead | None
+    ) -> Answer | None:
+        if self._answers is None:
+            return None
+        which_Q, logits_Q = self._answers.find(positions, rows_Q, ids_Q)
+        self._count("logged", which_Q.sum())
+        return logits_Q, which_Q
+
+    def _from_teacher(
+        self, positions: TeacherPositions, rows_Q: Tensor, ids_Q: Tensor, ahead: Ahead | None
+    ) -> Answer | None:
+        if self._states is None or not self._states.has_teacher:
+            return None
+        asked = [row for row, pairs in enumerate(_pairs_per_sequence(positions, rows_Q)) if pairs]
+        self._states.fetch(positions.members[row].index for row in asked)
+        if self._answers is not None:
+            hidden_ND = self._assemble(positions, self._held(positions, asked))
+            ahead_NF = ahead(self._answers.fetch_ahead) if ahead and self._answers.fetch_ahead else None
+            self._answers.keep(positions, asked, rows_Q, ids_Q, ahead_NF, hidden_ND, self._head)
+        return self._from_states(positions, rows_Q, ids_Q, ahead)
+
+    def _bounded(
+        self, positions: TeacherPositions, rows_Q: Tensor, ids_Q: Tensor, ahead: Ahead | None
+    ) -> Answer | None:
+        if not self._bound:
+            return None
+        self._count("bound", len(rows_Q))
+        return positions.bounds_N[rows_Q], None
+
+    @property
+    def _head(self) -> LMHead:
+        assert self._states is not None
+        return self._states.head
+
+    def _held(self, positions: TeacherPositions, asked: Iterable[int]) -> tuple[Held | None, ...]:
+        """By row of the batch, what can be found without the teacher; None for rows that are not asked about. [B]"""
+        held: list[Held | None] = [None] * len(positions.members)
+        if self._states is not None:
+            for row in asked:
+                held[row] = self._states.find(positions.members[row].index)
+        return tuple(held)
+
+    def _assemble(self, positions: TeacherPositions, held: tuple[Held | None, ...]) -> Tensor:
+        """Hidden states of the positions, zeros where nothing is held, on the head's device. [N, D]
+
+        The last are kept: chunks of a loss on whole rows ask for the same again.
+        """
+        if self._assembled is not None and self._assembled[0] is positions and self._assembled[1] == held:
+            return self._assembled[2]
+        weight_VD = self._head.weight_VD
+        dtype = next(item.states_PD.dtype for item in held if item is not None)
+        parts = [
+            torch.zeros(len(member.stored_rows), weight_VD.shape[1], dtype=dtype)
+            if item is None
+            else item.states_PD[member.stored_rows]
+            for item, member in zip(held, positions.members, strict=True)
         ]
-        hidden_ND = torch.cat(states).to(self._source.head.weight_VD.device)
-        self._held_positions = (positions, hidden_ND)
+        hidden_ND = torch.cat(parts).to(weight_VD.device)
+        self._assembled = (positions, held, hidden_ND)
         return hidden_ND
 
     def _count(self, tier: str, pairs: Tensor | int) -> None:
         self._counts[tier] = self._counts[tier] + pairs
+
+
+def _pairs_per_sequence(positions: TeacherPositions, rows_Q: Tensor) -> list[int]:
+    """By row of the batch. [B]"""
+    sequence_Q = positions.sequence_of_N[rows_Q]
+    counts: list[int] = torch.bincount(sequence_Q, minlength=len(positions.members)).tolist()
+    return counts

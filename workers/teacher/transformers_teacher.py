@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate import cpu_offload
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -16,7 +17,12 @@ from workers.teacher.lm_head import head_of
 
 
 class TransformersTeacher:
-    """See ``workers.teacher.teacher.Teacher``."""
+    """See ``workers.teacher.teacher.Teacher``.
+
+    Args:
+        offload: keep the weights in the CPU's memory and bring each module's to ``device`` while it runs. Such a
+            teacher gives hidden states; it does not write responses.
+    """
 
     def __init__(
         self,
@@ -26,18 +32,23 @@ class TransformersTeacher:
         *,
         vocab_size: int,
         device: torch.device,
+        offload: bool = False,
     ) -> None:
         self.identity = identity
         self.engine = engine
         self._device = device
-        self._model = load_model(model, getattr(torch, identity.dtype)).to(device).requires_grad_(False)
+        self._model = load_model(model, getattr(torch, identity.dtype)).requires_grad_(False)
         require_vocabulary(self._model, vocab_size)
+        if not offload:
+            self._model.to(device)
         self.lm_head = head_of(self._model, vocab_size)
         # generation_config.json is no part of the teacher's identity: of it, only the ids that end a response count,
         # and those stand in the plan. Padding rows of the head are no tokens, so never the next one.
         padding = list(range(vocab_size, self._model.get_output_embeddings().weight.shape[0]))
         self._model.generation_config = GenerationConfig(suppress_tokens=padding or None)  # type: ignore[no-untyped-call]
         require_plain_head(self._model, vocab_size)
+        if offload:
+            cpu_offload(body_of(self._model), execution_device=device)
 
     def hidden_states(self, batch: Sequence[TokenSequence], positions: Positions) -> list[Tensor]:
         input_ids = torch.zeros(len(batch), max(s.num_tokens for s in batch), dtype=torch.long)

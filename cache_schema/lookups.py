@@ -1,0 +1,233 @@
+"""Reads a cache's lookup log by sequence index, and writes to it, while other processes do the same.
+
+The index holds 8 bytes for each sequence of the cache and the receipts' facts; logged values stay on the disk.
+"""
+
+import secrets
+from collections import OrderedDict
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cache_schema.encoding import HIDDEN_NUMPY_DTYPES
+from cache_schema.errors import CacheCorruptError, CacheMismatchError
+from cache_schema.lookup_files import (
+    LOOKUPS_NAME,
+    Kind,
+    LoggedLogits,
+    LogRow,
+    LookupReceipt,
+    corrupt,
+    read_log_row,
+    write_log_file,
+)
+from cache_schema.manifest import LM_HEAD_NAME, read_json
+from cache_schema.reader import CacheReader
+from cache_schema.storage import exclusive
+
+_FILES_KEPT = 64
+
+
+def receipt_path(file: Path) -> Path:
+    """Beside the file it is of."""
+    return file.with_name(f"{file.name.split('.')[0]}.json")
+
+
+def lookups_dir(reader: CacheReader, elsewhere: Path | None = None) -> Path:
+    """Where a cache's log stands: beside it, or in a directory that the logs of several caches may share."""
+    return elsewhere / reader.manifest_sha256[:16] if elsewhere else reader.cache_dir / LOOKUPS_NAME
+
+
+class LookupLog:
+    """What is logged of a cache's sequences, in one directory or several; ``refresh`` finds what others added since.
+
+    Raises:
+        CacheCorruptError: a receipt or file is damaged; names it.
+        CacheMismatchError: the log is of another cache.
+    """
+
+    def __init__(self, reader: CacheReader, directories: Iterable[Path]) -> None:
+        self._reader = reader
+        self.directories = tuple(directories)
+        self._dtype = np.dtype(HIDDEN_NUMPY_DTYPES[reader.plan.teacher.dtype])
+        # Files are numbered in the order this process saw them.
+        self._receipts: dict[Path, tuple[int, LookupReceipt]] = {}
+        self._files: dict[int, tuple[Path, LookupReceipt]] = {}
+        # By sequence: the number of a file of hidden states, or -1, and its row there.
+        self._hidden_file = np.full(len(reader), -1, dtype=np.int32)
+        self._hidden_row = np.zeros(len(reader), dtype=np.int32)
+        # By sequence: the files of answers, and its row in each.
+        self._logits: dict[int, dict[int, int]] = {}
+        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._num_seen = 0
+        self.refresh()
+
+    def files(self) -> dict[Path, LookupReceipt]:
+        """Every file of the log with its receipt."""
+        return dict(self._files.values())
+
+    def has_hidden_states(self, index: int) -> bool:
+        return bool(self._hidden_file[index] >= 0)
+
+    @property
+    def num_with_hidden_states(self) -> int:
+        return int((self._hidden_file >= 0).sum())
+
+    @property
+    def lm_head_path(self) -> Path | None:
+        """The head above the hidden states, once there is one."""
+        return next((path / LM_HEAD_NAME for path in self.directories if (path / LM_HEAD_NAME).exists()), None)
+
+    def refresh(self) -> None:
+        """Look at the directories again."""
+        while not self._refreshed():
+            pass
+
+    def _refreshed(self) -> bool:
+        """One look; False when a compaction took files away: what they held may stand in files this look missed."""
+        listed = {path for directory in self.directories for path in directory.glob("*/*.json")}
+        gone = self._receipts.keys() - listed
+        for path in gone:
+            self._forget(path)
+        for path in sorted(listed - self._receipts.keys()):
+            try:
+                receipt = read_json(path, LookupReceipt)
+            except FileNotFoundError:
+                gone.add(path)
+            except CacheCorruptError as error:
+                raise corrupt(path, f"it is no receipt ({error})") from error
+            else:
+                self._add(path, receipt)
+        if gone:  # where a forgotten file was not the only one with a sequence, another takes its place
+            for number, receipt in self._receipts.values():
+                self._place(number, receipt)
+        return not gone
+
+    def _add(self, path: Path, receipt: LookupReceipt) -> None:
+        if receipt.manifest_sha256 != self._reader.manifest_sha256:
+            raise CacheMismatchError(
+                f"{path.parent.parent} is the lookup log of another cache than {self._reader.cache_dir}: delete it, or "
+                f"give another --lookups."
+            )
+        if receipt.indexes and not 0 <= min(receipt.indexes) <= max(receipt.indexes) < len(self._reader):
+            raise corrupt(path, f"it names a sequence outside the {len(self._reader)} of the cache")
+        self._num_seen += 1
+        self._receipts[path] = (self._num_seen, receipt)
+        self._files[self._num_seen] = (path.parent / receipt.file.name, receipt)
+        self._place(self._num_seen, receipt)
+
+    def _place(self, number: int, receipt: LookupReceipt) -> None:
+        if receipt.kind == "logits":
+            for row, index in enumerate(receipt.indexes):
+                self._logits.setdefault(index, {})[number] = row
+            return
+        indexes = np.array(receipt.indexes, dtype=np.int64)
+        new = self._hidden_file[indexes] < 0
+        self._hidden_file[indexes[new]] = number
+        self._hidden_row[indexes[new]] = np.flatnonzero(new)
+
+    def _forget(self, path: Path) -> None:
+        number, receipt = self._receipts.pop(path)
+        del self._files[number]
+        self._open.pop(number, None)
+        self._hidden_file[self._hidden_file == number] = -1
+        if receipt.kind == "logits":
+            for index in receipt.indexes:
+                self._logits[index].pop(number, None)
+
+    def hidden_states(self, index: int) -> npt.NDArray[Any] | None:
+        """A sequence's final-norm hidden states at its stored positions, if they are logged. [P, D]"""
+        while self._hidden_file[index] >= 0:
+            number = int(self._hidden_file[index])
+            found = self._read(number, int(self._hidden_row[index]), index)
+            if found is not None:
+                assert not isinstance(found, LoggedLogits)
+                return found
+        return None
+
+    def logits(self, index: int) -> LoggedLogits | None:
+        """All answers logged for a sequence, each (position, id) once."""
+        while True:
+            places = dict(self._logits.get(index, {}))
+            parts = [self._read(number, row, index) for number, row in places.items()]
+            if None not in parts:
+                break
+        logged = [part for part in parts if isinstance(part, LoggedLogits)]
+        return LoggedLogits.merged(logged) if logged else None
+
+    def _read(self, number: int, row: int, index: int) -> npt.NDArray[Any] | LoggedLogits | None:
+        """None where a compaction has taken the file away; the index then points at where its content went."""
+        if number not in self._files:
+            return None
+        path, receipt = self._files[number]
+        if number not in self._open:
+            try:
+                self._open[number] = _open(path, receipt)
+            except FileNotFoundError:
+                self.refresh()
+                if number in self._files:  # a receipt goes before its file
+                    raise corrupt(path, "it is missing") from None
+                return None
+            if len(self._open) > _FILES_KEPT:
+                self._open.popitem(last=False)[1].close()
+        self._open.move_to_end(number)
+        sequence_id = self._reader[index].sequence.sequence_id
+        return read_log_row(self._open[number], path, receipt, row, sequence_id, self._dtype)
+
+
+def _open(path: Path, receipt: LookupReceipt) -> pq.ParquetFile:
+    if path.stat().st_size != receipt.file.num_bytes:
+        raise corrupt(path, f"it has {path.stat().st_size:,} bytes, its receipt says {receipt.file.num_bytes:,}")
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise corrupt(path, str(error)) from error
+    if file.metadata.num_row_groups != len(receipt.indexes):
+        raise corrupt(path, f"it has {file.metadata.num_row_groups} rows, its receipt says {len(receipt.indexes)}")
+    return file
+
+
+class LookupWriter:
+    """One process's share of a log: a directory of its own, locked until ``close``.
+
+    Raises:
+        StorageError: the directory cannot be made.
+    """
+
+    def __init__(self, log_dir: Path, manifest_sha256: str, lm_head_sha256: str | None = None) -> None:
+        self._manifest_sha256 = manifest_sha256
+        self.lm_head_sha256 = lm_head_sha256
+        """Of the head that makes logits of the hidden states to be written."""
+        self.directory = log_dir / secrets.token_hex(8)
+        self._lock = ExitStack()
+        self._lock.enter_context(exclusive(self.directory))
+        self._num_written = 0
+
+    def write(self, kind: Kind, rows: Iterable[LogRow]) -> LookupReceipt:
+        """Publish one file; other processes see it from now on.
+
+        Raises:
+            StorageError: the disk refused; nothing was added.
+        """
+        receipt = write_log_file(
+            self.directory,
+            self._num_written,
+            kind,
+            rows,
+            manifest_sha256=self._manifest_sha256,
+            lm_head_sha256=self.lm_head_sha256,
+        )
+        self._num_written += 1
+        return receipt
+
+    def close(self) -> None:
+        """Let go of the directory; an empty one is removed."""
+        self._lock.close()

@@ -1,0 +1,127 @@
+"""What a run refuses before it loads a model: caches, student, teacher and losses that do not fit each other."""
+
+from cache_schema.errors import CacheMismatchError
+from cache_schema.reader import CacheReader
+from workers.distill.config import DistillConfig, LossConfig
+from workers.distill.student import require_layers
+from workers.errors import InputError
+from workers.lookup.batch import Part
+from workers.lookup.live import require_same_teacher
+from workers.lookup.opening import Asked, open_log, source_of_misses
+from workers.losses.catalogue import LOSSES
+from workers.teacher.checkpoint import context_length, identity_of, model_directory, read_text_config
+from workers.tokenizers import check_same_vocabulary, load_tokenizer
+
+
+def check(config: DistillConfig) -> list[CacheReader]:
+    """Open the caches and refuse, from files alone, what cannot be trained from them.
+
+    Raises:
+        CacheError, InputError: says what does not fit, and how to mend it.
+    """
+    readers = [CacheReader(cache) for cache in config.cache]
+    for reader in readers:
+        check_needs(config, reader)
+    _check_one_tokenizer(readers)
+    check_same_vocabulary(load_tokenizer(str(readers[0].tokenizer_dir)), load_tokenizer(config.student))
+    for reader in readers:
+        _check_context(config.student, reader)
+    if config.student_layers is not None:
+        require_layers(config.student_layers, read_text_config(model_directory(config.student)).num_hidden_layers)
+    if config.teacher is not None:
+        _check_teacher(config, config.teacher, readers)
+    return readers
+
+
+def losses_of(config: DistillConfig) -> list[tuple[Part, LossConfig]]:
+    """The parts of the positions that are trained, each with its loss."""
+    losses: list[tuple[Part, LossConfig]] = [("response", config.loss)]
+    return losses + ([("prompt", config.prompt_loss)] if config.prompt_loss else [])
+
+
+def asked_of(config: DistillConfig) -> Asked:
+    """What the config gives for lookups that leave the stored top-k."""
+    return Asked(config.teacher, config.on_miss, config.lookups)
+
+
+def check_needs(config: DistillConfig, reader: CacheReader) -> None:
+    """Refuse a loss that the cache and what was given beside it cannot serve.
+
+    Raises:
+        InputError: names what is missing and every way to add it.
+    """
+    plan = reader.plan
+    if config.prompt_loss is not None and plan.positions != "all":
+        raise InputError(
+            f"--prompt-loss needs the teacher at the prompt's positions, {reader.cache_dir} holds those of the "
+            f"response: dump with --positions all, or leave the prompt loss out."
+        )
+    for part, loss in losses_of(config):
+        key = "loss" if part == "response" else "prompt_loss"
+        needs = LOSSES[loss.name].needs
+        k = loss.parameters(plan.top_k).get("k", 0)
+        least = int(LOSSES[loss.name].parameters["k"].minimum) if k else 0
+        if least > plan.top_k:
+            raise InputError(
+                f"{key} {loss.name} compares {least} ids at least, {reader.cache_dir} stores {plan.top_k}: dump with a "
+                f"larger --top-k."
+            )
+        if "top_k" in needs and k > plan.top_k:
+            raise InputError(
+                f"{key}.k={k} is more than the top {plan.top_k} that {reader.cache_dir} stores: give "
+                f"--set {key}.k={plan.top_k} or less, or dump with --top-k {k}."
+            )
+        if k > plan.tokenizer.vocab_size:
+            raise InputError(f"{key}.k={k} is more than the vocabulary of {plan.tokenizer.vocab_size}: lower it.")
+        if needs & {"lookups", "full_row"}:
+            _check_misses(config, reader, key, loss.name)
+
+
+def _check_misses(config: DistillConfig, reader: CacheReader, key: str, loss: str) -> None:
+    """Something must answer what is not in the stored top-k."""
+    source, rows = source_of_misses(reader, asked_of(config)), "full_row" in LOSSES[loss].needs
+    if source == "cached" or (rows and source == "bound"):
+        asks = "the teacher's whole rows" if rows else "the teacher's logits at the student's own top-k"
+        log = open_log(reader, config.lookups)
+        logged = (
+            f", and its log those of {log.num_with_hidden_states} of {len(reader)} sequences" if log.files() else ""
+        )
+        bound = "" if rows else ", or --on-miss bound for an upper bound in their place"
+        raise InputError(
+            f"{key} {loss} needs {asks}, and {reader.cache_dir} has no hidden states{logged}. Give --teacher "
+            f"{reader.plan.teacher.name}{bound}; or dump again without --no-hidden-states; or choose a loss that the "
+            f"stored top-k serves (t_ld, topk_kl)."
+        )
+    if rows and source == "live" and config.lookups.log == "logits":
+        raise InputError(
+            f"{key} {loss} needs the teacher's whole rows, which a log of logits cannot keep: give --log hidden, or "
+            f"--log none to run the teacher in every epoch."
+        )
+
+
+def _check_one_tokenizer(readers: list[CacheReader]) -> None:
+    first = readers[0]
+    for reader in readers[1:]:
+        if reader.plan.tokenizer.fingerprint != first.plan.tokenizer.fingerprint:
+            raise CacheMismatchError(
+                f"{reader.cache_dir} was made with another tokenizer than {first.cache_dir}: one student reads one. "
+                f"Give caches of teachers that share it."
+            )
+
+
+def _check_context(student: str, reader: CacheReader) -> None:
+    context = context_length(model_directory(student))
+    if context is not None and context < reader.plan.dataset.max_tokens:
+        longest = max(reader[index].sequence.num_tokens for index in range(len(reader)))
+        if context < longest:
+            raise InputError(
+                f"{student} reads {context:,} tokens, {reader.cache_dir} holds a sequence of {longest:,}: give a "
+                f"student with a longer context, or dump with --set data.max_tokens={context}."
+            )
+
+
+def _check_teacher(config: DistillConfig, teacher: str, readers: list[CacheReader]) -> None:
+    """It must be that of every cache it would be run for; where it is run for none, that of the first."""
+    asked = asked_of(config)
+    for reader in [reader for reader in readers if source_of_misses(reader, asked) == "live"] or readers[:1]:
+        require_same_teacher(reader, identity_of(teacher, reader.plan.teacher.dtype))
