@@ -16,7 +16,7 @@ from torch import Tensor
 from cache_schema.reader import CacheReader
 from workers.lookup.batch import TeacherPositions, collate
 from workers.lookup.ladder import Ladder
-from workers.lookup.opening import stored_ladder
+from workers.lookup.opening import ladder_of_whole_rows
 from workers.losses.divergences import kl_divergence
 from workers.ordering import exact_top_k
 from workers.teacher.checkpoint import body_of
@@ -31,12 +31,12 @@ def evaluate_on_cache(
 ) -> dict[str, Any]:
     """overlap@1/8/32, KL(teacher || student) at temperature 1, top-1 agreement and loss on the trained positions.
 
-    Computed in the model's own dtype without autocast. An overlap beyond the cache's top-k, and the KL of a cache
-    without hidden states, are None.
+    Computed in the model's own dtype without autocast. An overlap beyond the cache's top-k is None, and so is
+    the KL where neither the cache nor its log has all hidden states.
     """
     model.eval()
     head = head_of(model, reader.plan.tokenizer.vocab_size)
-    ladder = stored_ladder(reader, device) if reader.has_hidden_states else None
+    ladder = ladder_of_whole_rows(reader, device)
     overlap_ks = [k for k in OVERLAP_KS if k <= reader.plan.top_k]
     columns: list[Tensor] = []
     sequence_lengths: list[int] = []

@@ -163,8 +163,9 @@ class Ladder:
         """By row of the batch, what can be found without the teacher; None for rows that are not asked about. [B]"""
         held: list[Held | None] = [None] * len(positions.members)
         if self._states is not None:
-            for row in asked:
-                held[row] = self._states.find(positions.members[row].index)
+            rows = list(asked)
+            for row, found in zip(rows, self._states.find([positions.members[row].index for row in rows]), strict=True):
+                held[row] = found
         return tuple(held)
 
     def _assemble(self, positions: TeacherPositions, held: tuple[Held | None, ...]) -> Tensor:

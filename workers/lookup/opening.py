@@ -72,6 +72,15 @@ def stored_ladder(reader: CacheReader, device: torch.device) -> Ladder:
     return Ladder(TeacherStates(reader, stored_head(reader, device)))
 
 
+def ladder_of_whole_rows(reader: CacheReader, device: torch.device) -> Ladder | None:
+    """A ladder that gives every row without a teacher: the cache or its log has all hidden states. None if neither."""
+    asked = Asked(None, "refuse", LookupConfig())
+    source = source_of_misses(reader, asked)
+    if source == "hidden":
+        return stored_ladder(reader, device)
+    return _logged_ladder(reader, asked, device) if source == "logged" else None
+
+
 def open_ladders(
     readers: Sequence[CacheReader], asked: Asked, device: torch.device, resources: ExitStack
 ) -> list[Ladder]:

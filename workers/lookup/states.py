@@ -3,7 +3,7 @@
 Shape suffixes: P = stored positions of a sequence, D = hidden size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,7 +57,8 @@ class TeacherStates:
         self._writer = writer
         self._whole_steps = whole_steps
         self._expected: tuple[int, ...] = ()
-        self._held: dict[int, Held] = {}
+        self._live_ones: dict[int, Held] = {}
+        self._read_ones: dict[int, Held] = {}
 
     @property
     def has_teacher(self) -> bool:
@@ -69,20 +70,27 @@ class TeacherStates:
         return self._live.forwards if self._live else 0
 
     def expect(self, indexes: Iterable[int]) -> None:
-        """Begin a step over these sequences; what was held for the last one is let go."""
+        """Begin a step over these sequences; what the teacher gave for the last one is let go."""
         self._expected = tuple(indexes)
-        self._held = {}
+        self._live_ones = {}
 
-    def find(self, index: int) -> Held | None:
-        """Without the teacher."""
-        if index not in self._held:
+    def find(self, indexes: Sequence[int]) -> list[Held | None]:
+        """What can be had of a batch's sequences without the teacher; what was read for another batch is let go."""
+        kept = {index: held for index in indexes if (held := self._read_ones.get(index)) is not None}
+        self._read_ones = kept
+        return [self._find(index) for index in indexes]
+
+    def _find(self, index: int) -> Held | None:
+        if index in self._live_ones:
+            return self._live_ones[index]
+        if index not in self._read_ones:
             if self._reader.has_hidden_states:
-                self._held[index] = Held("hidden", stored_hidden_states(self._reader, index))
+                self._read_ones[index] = Held("hidden", stored_hidden_states(self._reader, index))
             elif self._log is not None:
                 logged = self._log.hidden_states(index)
                 if logged is not None:
-                    self._held[index] = Held("logged", from_bits(logged, self._reader.plan.teacher.dtype))
-        return self._held.get(index)
+                    self._read_ones[index] = Held("logged", from_bits(logged, self._reader.plan.teacher.dtype))
+        return self._read_ones.get(index)
 
     def fetch(self, indexes: Iterable[int]) -> None:
         """Run the teacher on those that cannot be found, after another look at the log."""
@@ -90,7 +98,7 @@ class TeacherStates:
         if self._log is not None:
             self._log.refresh()
         wanted = dict.fromkeys([*indexes, *(self._expected if self._whole_steps else ())])
-        missing = [index for index in wanted if self.find(index) is None]
+        missing = [index for index in wanted if not self._is_found(index)]
         if not missing:
             return
         states = self._live.hidden_states(missing)
@@ -100,7 +108,12 @@ class TeacherStates:
                 for index, states_PD in sorted(states.items())
             )
             self._writer.write("hidden", rows)
-        self._held |= {index: Held("live", states_PD) for index, states_PD in states.items()}
+        self._live_ones |= {index: Held("live", states_PD) for index, states_PD in states.items()}
+
+    def _is_found(self, index: int) -> bool:
+        if self._reader.has_hidden_states or index in self._live_ones:
+            return True
+        return self._log is not None and self._log.has_hidden_states(index)
 
 
 def to_bits(states_PD: Tensor) -> npt.NDArray[Any]:
