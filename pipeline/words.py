@@ -45,8 +45,7 @@ def report_in_words(cache_dir: Path, report: dict[str, Any]) -> str:
 def compaction_in_words(folded: dict[str, Any]) -> str:
     return (
         f"{folded['log']}: {folded['files_before']:,} files ({human_bytes(folded['bytes_before'])}) are now "
-        f"{folded['files_after']:,} ({human_bytes(folded['bytes_after'])}); {folded['duplicates']:,} repeated sequences "
-        f"dropped"
+        f"{folded['files_after']:,} ({human_bytes(folded['bytes_after'])}); {folded['duplicates']:,} repeats dropped"
     )
 
 
