@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.options import CacheDir, ConfigFile, Device, Json, Settings, layers_with, required, show
+from pipeline.options import CacheAt, ConfigFile, Device, Json, Settings, layers_with, required, show
 
 
 def estimate(
@@ -121,7 +121,7 @@ def teacher_dump(
 
 
 def inspect(
-    cache: CacheDir,
+    cache: CacheAt,
     sequence: Annotated[str | None, typer.Option(help="Show one sequence: its id or its index.")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Measure what each K holds, and bytes by column.")] = False,
     student: Annotated[str | None, typer.Option(help="With --stats: count what this student misses.")] = None,
@@ -135,6 +135,7 @@ def inspect(
     Example: pipeline inspect caches/train --stats --student ./student
     """
     from pipeline.describe import describe, describe_sequence, in_words, sequence_in_words
+    from pipeline.fetching import at_hand
 
     layers = layers_with(student, student_layers)
     if student is not None and not stats:
@@ -142,39 +143,42 @@ def inspect(
     if sequence is not None:
         if stats:
             raise typer.BadParameter("give it or --sequence", param_hint="--stats")
-        shown = describe_sequence(cache, sequence)
+        shown = describe_sequence(at_hand(cache), sequence)
         show(shown, json_output, lambda: sequence_in_words(shown))
         return
-    facts = describe(cache)
+    cache_dir = at_hand(cache)
+    facts = describe(cache_dir)
     if not stats:
-        show(facts, json_output, lambda: in_words(cache, facts))
+        show(facts, json_output, lambda: in_words(cache_dir, facts))
         return
     from pipeline.statistics import statistics
     from pipeline.top_k_words import statistics_in_words
 
     found = statistics(
-        cache, student=student, student_layers=layers, sample_sequences=sample, device_name=device or "auto"
+        cache_dir, student=student, student_layers=layers, sample_sequences=sample, device_name=device or "auto"
     )
     facts["stats"] = found
-    show(facts, json_output, lambda: f"{in_words(cache, facts)}\n{statistics_in_words(facts)}")
+    show(facts, json_output, lambda: f"{in_words(cache_dir, facts)}\n{statistics_in_words(facts)}")
 
 
-def verify(cache: CacheDir, json_output: Json = False) -> None:
+def verify(cache: CacheAt, json_output: Json = False) -> None:
     """Check every hash and every row of a cache, and its LM head against its hidden states.
 
     Example: pipeline verify caches/train
     """
+    from pipeline.fetching import at_hand
     from pipeline.verification import verify_cache
     from pipeline.words import report_in_words
 
-    report = verify_cache(cache)
-    show(report, json_output, lambda: report_in_words(cache, report))
+    cache_dir = at_hand(cache)
+    report = verify_cache(cache_dir)
+    show(report, json_output, lambda: report_in_words(cache_dir, report))
     if not report["ok"]:
         raise typer.Exit(1)
 
 
 def compact(
-    cache: CacheDir,
+    cache: CacheAt,
     lookups: Annotated[Path | None, typer.Option(help="Fold the log in this directory, not the cache's own.")] = None,
     json_output: Json = False,
 ) -> None:
@@ -182,8 +186,9 @@ def compact(
 
     Example: pipeline compact caches/train
     """
+    from pipeline.fetching import at_hand
     from pipeline.lookups import compact_log
     from pipeline.words import compaction_in_words
 
-    folded = compact_log(cache, lookups)
+    folded = compact_log(at_hand(cache), lookups)
     show(folded, json_output, lambda: compaction_in_words(folded))

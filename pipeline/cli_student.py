@@ -89,7 +89,7 @@ def distill(
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.", show_default=False)],
-    cache: Annotated[Path, typer.Option(help="Held-out cache of the teacher.")],
+    cache: Annotated[str, typer.Option(help="Held-out cache of the teacher.")],
     device: Device = None,
     json_output: Json = False,
 ) -> None:
@@ -98,7 +98,8 @@ def evaluate(
     Example: pipeline evaluate runs/bild/model --cache caches/held-out
     """
     from pipeline.evaluation import evaluate_model
+    from pipeline.fetching import at_hand
     from pipeline.words import evaluation_in_words
 
-    measured = evaluate_model(model, cache, device or "auto")
+    measured = evaluate_model(model, at_hand(cache), device or "auto")
     show(measured, json_output, lambda: evaluation_in_words(measured))

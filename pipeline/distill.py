@@ -12,6 +12,7 @@ import torch
 
 from cache_schema.reader import CacheReader
 from cache_schema.storage import exclusive, publish_directory
+from pipeline.fetching import at_hand
 from pipeline.progress import progress_bar
 from pipeline.run_record import RunRecord
 from workers.device import device_name, resolve_device
@@ -58,6 +59,8 @@ def run(config: DistillConfig, run_dir: Path, *, resume: bool) -> dict[str, Any]
 
 def check_all(config: DistillConfig) -> tuple[list[CacheReader], CacheReader | None, torch.device]:
     """Open the caches and find the device, refusing from files alone what cannot be trained."""
+    for location in config.cache:
+        at_hand(location)  # with a progress bar, before it is looked at
     readers = check(config)
     return readers, _eval_reader(config, readers[0]), resolve_device(config.device)
 
@@ -94,7 +97,7 @@ def _train(training: Training, record: RunRecord, eval_reader: CacheReader | Non
 def _eval_reader(config: DistillConfig, reader: CacheReader) -> CacheReader | None:
     if config.eval_cache is None:
         return None
-    held_out = CacheReader(config.eval_cache)
+    held_out = CacheReader(at_hand(config.eval_cache))
     if held_out.plan.tokenizer.fingerprint != reader.plan.tokenizer.fingerprint:
         raise InputError(
             f"--eval-cache {config.eval_cache} was made with another tokenizer than {reader.cache_dir}: dump it with "

@@ -13,7 +13,7 @@ Settings = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default an accelerator if there is one.")]
-CacheDir = Annotated[Path, typer.Argument(help="A cache directory.", show_default=False)]
+CacheAt = Annotated[str, typer.Argument(metavar="CACHE", help="A cache directory, or its URI.", show_default=False)]
 
 
 def show(result: dict[str, Any], as_json: bool, words: Callable[[], str]) -> None:

@@ -2,7 +2,9 @@
 
 from cache_schema.errors import CacheMismatchError
 from cache_schema.reader import CacheReader
+from cache_schema.remote import local_copy
 from workers.distill.config import DistillConfig, LossConfig
+from workers.distill.order import quotas_of
 from workers.distill.student import require_layers
 from workers.errors import InputError
 from workers.lookup.batch import Part
@@ -19,10 +21,11 @@ def check(config: DistillConfig) -> list[CacheReader]:
     Raises:
         CacheError, InputError: says what does not fit, and how to mend it.
     """
-    readers = [CacheReader(cache) for cache in config.cache]
+    readers = [CacheReader(local_copy(cache)) for cache in config.cache]
     for reader in readers:
         check_needs(config, reader)
     _check_one_tokenizer(readers)
+    _check_weights(config, readers)
     check_same_vocabulary(load_tokenizer(str(readers[0].tokenizer_dir)), load_tokenizer(config.student))
     for reader in readers:
         _check_context(config.student, reader)
@@ -106,6 +109,15 @@ def _check_one_tokenizer(readers: list[CacheReader]) -> None:
             raise CacheMismatchError(
                 f"{reader.cache_dir} was made with another tokenizer than {first.cache_dir}: one student reads one. "
                 f"Give caches of teachers that share it."
+            )
+
+
+def _check_weights(config: DistillConfig, readers: list[CacheReader]) -> None:
+    for reader, quota in zip(readers, quotas_of([len(reader) for reader in readers], config.weights), strict=True):
+        if quota == 0:
+            raise InputError(
+                f"--weights leaves {reader.cache_dir} without a single sequence in an epoch: give it a larger share, "
+                f"or leave it out."
             )
 
 

@@ -33,8 +33,9 @@ class Order:
         self._sizes = tuple(sizes)
         self._sequences_per_step = sequences_per_step
         self._seed = seed
-        self.quotas = _quotas(self._sizes, weights)
+        self.quotas = quotas_of(self._sizes, weights)
         """Sequences of each cache in an epoch."""
+        assert all(self.quotas)
         self._epoch: tuple[int, list[Pick]] = (-1, [])
 
     @property
@@ -71,8 +72,8 @@ class Order:
         return row[first - passes.start * size :][:quota]
 
 
-def _quotas(sizes: Sequence[int], weights: Sequence[float] | None) -> tuple[int, ...]:
-    """Whole numbers of the weights' shares of all sequences: rounded down, and up where most was cut off."""
+def quotas_of(sizes: Sequence[int], weights: Sequence[float] | None) -> tuple[int, ...]:
+    """Sequences of each cache in an epoch, by weight: shares rounded down, and up where most was cut off."""
     if weights is None:
         return tuple(sizes)
     shares = np.array(weights) / sum(weights) * sum(sizes)

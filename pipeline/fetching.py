@@ -1,0 +1,12 @@
+"""Brings a cache that a URI names to this machine, with progress."""
+
+from pathlib import Path
+
+from cache_schema.remote import local_copy
+from pipeline.progress import progress_bar
+
+
+def at_hand(location: str) -> Path:
+    """A cache's local directory; see ``cache_schema.remote.local_copy``."""
+    with progress_bar("fetching") as progress:
+        return local_copy(location, progress)
