@@ -22,8 +22,7 @@ from workers.distill.config import DistillConfig
 from workers.distill.train import Training, prepare
 from workers.lookup.batch import TeacherPositions
 from workers.lookup.ladder import TIERS, Ladder
-from workers.lookup.opening import stored_ladder
-from workers.lookup.stored import stored_hidden_states
+from workers.lookup.stored import stored_head, stored_hidden_states
 
 CPU = torch.device("cpu")
 
@@ -34,14 +33,14 @@ class DenseLadder(Ladder):
     def __init__(self, reader: CacheReader) -> None:
         super().__init__()
         self._reader = reader
-        self._head = stored_ladder(reader, CPU)._states.head
+        self._lm_head = stored_head(reader, CPU)
         self._dense: dict[int, Tensor] = {}
         self.laying_out = 0.0
 
     def expect(self, indexes: Any) -> None:
         started = time.perf_counter()
-        with torch.inference_mode():
-            self._dense = {index: self._head.logits(stored_hidden_states(self._reader, index)) for index in indexes}
+        with torch.no_grad():
+            self._dense = {index: self._lm_head.logits(stored_hidden_states(self._reader, index)) for index in indexes}
         self.laying_out = time.perf_counter() - started
 
     def logits_at(self, positions: TeacherPositions, ids_NM: Tensor, ahead: Any = None) -> Tensor:

@@ -1,10 +1,18 @@
-"""How numbers stand in a shard: fixed-point logits as differences, hidden states as raw bytes.
+"""How numbers stand in a shard: fixed-point logits as differences, hidden states as raw bytes or as int8.
 
 Stored logits of a position never increase, so each is kept as the drop from the one before it, in whole steps of
 the plan's grid: small integers, which Parquet's byte-stream split and zstd shrink to about 4.5 bits each. Every
 logit is within half a step of the truth.
+
+An int8 hidden state is ``q * row_scale[p] * channel_scale[d]``: a scale of the position, from its own largest value,
+and a scale of the channel, from the plan. A few channels are far larger than the rest and would set every row's
+scale; theirs is coarse, and a residual, a second int8, counts 254ths of their step. Every value is within half a step,
+of the residual where there is one.
+
+Letters used for shapes: P positions, K stored logits, D channels, C of them with a residual.
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -12,12 +20,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache_schema.manifest import Plan
+from cache_schema.manifest import HiddenStates, Plan
 
 HIDDEN_COLUMN = "hidden_states"
+ROW_SCALE_COLUMN = "row_scale"
+RESIDUAL_COLUMN = "residuals"
 SCALAR_COLUMNS = ("tail_logsumexp", "label_logit", "row_mean", "row_std")
 # numpy has no bfloat16: its 16 bits travel as an unsigned integer.
 HIDDEN_NUMPY_DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+_INT8_MAX = np.float32(127)
+_RESIDUAL_STEPS = np.float32(254)
+# A row below it is stored as zeros: far under what a logit can show, far above where float32 loses digits.
+_SMALLEST_ROW_SCALE = np.float32(1e-19)
 
 
 def logit_columns(plan: Plan) -> tuple[str, ...]:
@@ -39,14 +53,19 @@ def shard_schema(plan: Plan) -> pa.Schema:
     return pa.schema(fields)
 
 
-def hidden_schema() -> pa.Schema:
-    """Same rows as the shard; ``hidden_states`` is the row-major [P, D] in little-endian bytes."""
-    return pa.schema(
-        [
-            pa.field("sequence_id", pa.binary(16), nullable=False),
-            pa.field(HIDDEN_COLUMN, pa.large_binary(), nullable=False),
-        ]
-    )
+def hidden_schema(hidden: HiddenStates | None = None) -> pa.Schema:
+    """Same rows as the shard; ``hidden_states`` is the row-major [P, D] in little-endian bytes.
+
+    Only int8 has more columns: its residuals, the row-major [P, C] in bytes, and its row scales [P].
+    """
+    fields = [
+        pa.field("sequence_id", pa.binary(16), nullable=False),
+        pa.field(HIDDEN_COLUMN, pa.large_binary(), nullable=False),
+    ]
+    if hidden is not None and hidden.dtype == "int8":
+        fields.append(pa.field(RESIDUAL_COLUMN, pa.large_binary(), nullable=False))
+        fields.append(pa.field(ROW_SCALE_COLUMN, pa.list_(pa.float32()), nullable=False))
+    return pa.schema(fields)
 
 
 def to_steps(logits: npt.NDArray[np.float32], step: float) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
@@ -70,6 +89,50 @@ def from_steps(top: npt.NDArray[np.int32], drops: npt.NDArray[np.int32], step: f
     np.cumsum(steps, axis=1, out=steps)
     logits: npt.NDArray[np.float32] = np.multiply(steps, np.float32(step), dtype=np.float32)
     return logits
+
+
+@dataclass(frozen=True, eq=False)
+class Int8States:
+    """Hidden states as they stand in a shard."""
+
+    states: npt.NDArray[np.int8]  # [P, D], -127 to 127
+    residuals: npt.NDArray[np.int8]  # [P, C], -127 to 127
+    row_scale: npt.NDArray[np.float32]  # [P], above 0
+
+
+def to_int8(states: npt.NDArray[np.float32], hidden: HiddenStates) -> Int8States:
+    """Round finite hidden states [P, D] to the steps that their largest values and the plan's channel scales make.
+
+    Raises:
+        ValueError: a value is so large that its row's scale is no float32.
+    """
+    channel_scale = np.array(hidden.channel_scale, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        row_scale = np.abs(states / channel_scale).max(axis=1) / _INT8_MAX
+    if not np.isfinite(row_scale).all():
+        raise ValueError(f"a hidden state of {np.abs(states).max():g} does not fit int8: store the teacher's dtype")
+    row_scale = np.maximum(row_scale, _SMALLEST_ROW_SCALE)
+    in_steps = states / (row_scale[:, None] * channel_scale)
+    whole = np.rint(in_steps)
+    channels = list(hidden.residual_channels or ())
+    residuals = np.rint((in_steps[:, channels] - whole[:, channels]) * _RESIDUAL_STEPS)
+    return Int8States(whole.astype(np.int8), residuals.astype(np.int8), row_scale)
+
+
+def from_int8(stored: Int8States, hidden: HiddenStates) -> npt.NDArray[np.float32]:
+    """Undo ``to_int8``. [P, D]"""
+    channel_scale = np.array(hidden.channel_scale, dtype=np.float32)
+    states: npt.NDArray[np.float32] = stored.states.astype(np.float32)
+    states[:, list(hidden.residual_channels or ())] += stored.residuals / _RESIDUAL_STEPS
+    states *= stored.row_scale[:, None] * channel_scale
+    return states
+
+
+def to_float32(states: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    """Hidden states of one of ``HIDDEN_NUMPY_DTYPES`` as numbers, exactly."""
+    if dtype == "bfloat16":
+        return (states.astype(np.uint32) << 16).view(np.float32)
+    return states.astype(np.float32)
 
 
 def list_array(rows: list[npt.NDArray[Any]], value_type: pa.DataType) -> pa.ListArray:

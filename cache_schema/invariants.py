@@ -57,14 +57,18 @@ def _fault_in_labels(scored: ScoredSequence, labels: npt.NDArray[np.int32], plan
     return None
 
 
-def fault_in_hidden(states: npt.NDArray[Any] | None, num_positions: int, plan: Plan) -> str | None:
-    """What a reader could not trust in a sequence's hidden states, or None."""
+def fault_in_hidden(states: npt.NDArray[Any] | None, num_positions: int, plan: Plan, dtype: str) -> str | None:
+    """What a reader could not trust in a sequence's hidden states, or None.
+
+    Args:
+        dtype: of ``states``: the teacher's as they are written, ``CacheReader.hidden_dtype`` as they are read.
+    """
     hidden = plan.hidden_states
     if hidden is None:
         return None if states is None else "it has hidden states, the plan keeps none"
     wanted = (num_positions, hidden.size)
-    if states is None or states.shape != wanted or states.dtype != np.dtype(HIDDEN_NUMPY_DTYPES[hidden.dtype]):
-        return f"{HIDDEN_COLUMN} must be {wanted} in {hidden.dtype}"
-    if not all_finite(states, hidden.dtype):
+    if states is None or states.shape != wanted or states.dtype != np.dtype(HIDDEN_NUMPY_DTYPES[dtype]):
+        return f"{HIDDEN_COLUMN} must be {wanted} in {dtype}"
+    if not all_finite(states, dtype):
         return f"{HIDDEN_COLUMN} is not finite"
     return None

@@ -86,11 +86,13 @@ class LookupLog:
 
     def refresh(self) -> None:
         """Look at the directories again."""
-        while not self._refreshed():
-            pass
+        # A compaction during a look may put what it deletes where the look has been already: two looks must agree.
+        before, found = None, self._look()
+        while found != before:
+            before, found = found, self._look()
 
-    def _refreshed(self) -> bool:
-        """One look; False when a compaction took files away: what they held may stand in files this look missed."""
+    def _look(self) -> set[Path]:
+        """Receipts that stand in the directories; the index is theirs afterwards."""
         listed = {path for directory in self.directories for path in directory.glob("*/*.json")}
         gone = self._receipts.keys() - listed
         for path in gone:
@@ -107,7 +109,7 @@ class LookupLog:
         if gone:  # where a forgotten file was not the only one with a sequence, another takes its place
             for number, receipt in self._receipts.values():
                 self._place(number, receipt)
-        return not gone
+        return listed
 
     def _add(self, path: Path, receipt: LookupReceipt) -> None:
         if receipt.manifest_sha256 != self._reader.manifest_sha256:

@@ -15,7 +15,11 @@ import pyarrow.parquet as pq
 from cache_schema.encoding import (
     HIDDEN_COLUMN,
     HIDDEN_NUMPY_DTYPES,
+    RESIDUAL_COLUMN,
+    ROW_SCALE_COLUMN,
     SCALAR_COLUMNS,
+    Int8States,
+    from_int8,
     from_steps,
     hidden_schema,
     shard_schema,
@@ -26,6 +30,7 @@ from cache_schema.manifest import (
     LM_HEAD_NAME,
     PLAN_NAME,
     TOKENIZER_NAME,
+    Dtype,
     Plan,
     hidden_name,
     manifest_sha256,
@@ -104,26 +109,45 @@ class CacheReader(Sequence[ScoredSequence]):
                 self._groups.popitem(last=False)
         return self._groups[key][row_in_group]
 
+    @property
+    def hidden_dtype(self) -> Dtype:
+        """Dtype of what ``hidden_states`` returns: as stored, and float32 for int8."""
+        hidden = self.plan.hidden_states
+        assert hidden is not None
+        return "float32" if hidden.dtype == "int8" else hidden.dtype
+
     def hidden_states(self, index: int) -> npt.NDArray[np.generic]:
-        """Final-norm hidden states of a sequence's stored positions; bfloat16 as uint16 bits. [P, D]
+        """Final-norm hidden states of a sequence's stored positions in ``hidden_dtype``; bf16 as uint16 bits. [P, D]
 
         Raises:
             CacheCorruptError: the stored bytes are not this sequence's.
         """
-        assert self.plan.hidden_states is not None
+        hidden = self.plan.hidden_states
+        assert hidden is not None
         shard, row = self._locate(index)
         name = hidden_name(shard)
         group, row_in_group = self._group_of(name, shard, row)
-        table = self._read_group(name, group, hidden_schema())
+        table = self._read_group(name, group, hidden_schema(hidden))
         if table["sequence_id"][row_in_group].as_py() != self[index].sequence.sequence_id:
             raise self._corrupt(name, f"row {row} belongs to another sequence than in {shard_name(shard)}")
-        raw = table[HIDDEN_COLUMN][row_in_group].as_buffer()
-        dtype = np.dtype(HIDDEN_NUMPY_DTYPES[self.plan.hidden_states.dtype])
-        shape = (self[index].rows.num_positions, self.plan.hidden_states.size)
-        if raw.size != shape[0] * shape[1] * dtype.itemsize:
-            raise self._corrupt(name, f"row {row} holds {raw.size} bytes, expected {shape[0]}x{shape[1]} {dtype}")
-        states: npt.NDArray[np.generic] = np.frombuffer(raw, dtype=dtype).reshape(shape)
-        return states
+
+        def matrix(column: str, num_columns: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+            raw, shape = table[column][row_in_group].as_buffer(), (num_positions, num_columns)
+            if raw.size != shape[0] * shape[1] * dtype.itemsize:
+                raise self._corrupt(
+                    name, f"{column} of row {row} holds {raw.size} bytes, expected {shape[0]}x{shape[1]} {dtype}"
+                )
+            return np.frombuffer(raw, dtype=dtype).reshape(shape)
+
+        num_positions = self[index].rows.num_positions
+        if hidden.dtype != "int8":
+            return matrix(HIDDEN_COLUMN, hidden.size, np.dtype(HIDDEN_NUMPY_DTYPES[hidden.dtype]))
+        row_scale = table[ROW_SCALE_COLUMN][row_in_group].values.to_numpy(zero_copy_only=False)
+        if len(row_scale) != num_positions or not ((row_scale > 0) & (row_scale < np.inf)).all():
+            raise self._corrupt(name, f"{ROW_SCALE_COLUMN} of row {row} is not {num_positions} finite numbers above 0")
+        states = matrix(HIDDEN_COLUMN, hidden.size, np.dtype(np.int8))
+        residuals = matrix(RESIDUAL_COLUMN, len(hidden.residual_channels or ()), np.dtype(np.int8))
+        return from_int8(Int8States(states, residuals, row_scale), hidden)
 
     def index_of(self, sequence_id: bytes) -> int:
         """Index of a sequence by its 128-bit id. The first call reads the ids of all shards: 24 bytes a sequence.

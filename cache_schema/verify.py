@@ -144,7 +144,8 @@ def _check_hidden(reader: CacheReader, index: int, shard: int, where: str) -> li
     if reader.plan.hidden_states is None:
         return []
     try:
-        fault = fault_in_hidden(reader.hidden_states(index), reader[index].rows.num_positions, reader.plan)
+        states, num_positions = reader.hidden_states(index), reader[index].rows.num_positions
+        fault = fault_in_hidden(states, num_positions, reader.plan, reader.hidden_dtype)
     except CacheCorruptError as error:
         return [Damage(hidden_name(shard), str(error))]
     return [Damage(hidden_name(shard), f"{where}: {fault}")] if fault else []

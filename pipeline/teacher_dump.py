@@ -29,6 +29,7 @@ from workers.errors import InputError
 from workers.teacher.checkpoint import context_length, end_token_ids, identity_of, model_directory, read_text_config
 from workers.teacher.config import DumpConfig
 from workers.teacher.dump import dump, finished_manifest, remaining_shards
+from workers.teacher.int8 import num_residual_channels
 from workers.teacher.sequences import TokenizedData, read_sequences
 from workers.teacher.transformers_teacher import TransformersTeacher
 from workers.tokenizers import chat_template_fingerprint, load_tokenizer, tokenizer_fingerprint, vocab_size
@@ -66,7 +67,9 @@ def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
     identity = identity_of(config.teacher.model, config.teacher.dtype)
     hidden = None
     if config.cache.hidden_states:
-        hidden = HiddenStates(dtype=identity.dtype, size=read_text_config(directory).hidden_size)
+        # The scales of int8 need the teacher: ``dump`` measures them, or takes those the directory's plan has.
+        dtype = config.cache.hidden_dtype or identity.dtype
+        hidden = HiddenStates(dtype=dtype, size=read_text_config(directory).hidden_size)
     plan = Plan(
         teacher=identity,
         tokenizer=TokenizerIdentity(
@@ -123,10 +126,7 @@ def run(prepared: Prepared, config: DumpConfig, cache_dir: Path) -> dict[str, An
 def expected_size(prepared: Prepared) -> dict[str, Any]:
     """What the dump will hold, before it starts."""
     plan, num_positions = prepared.plan, prepared.num_positions
-    hidden = 0
-    if plan.hidden_states:
-        bytes_per_value = 4 if plan.hidden_states.dtype == "float32" else 2
-        hidden = num_positions * plan.hidden_states.size * bytes_per_value
+    hidden = num_positions * _hidden_bytes_per_position(plan.hidden_states) if plan.hidden_states else 0
     return {
         "num_sequences": plan.num_sequences,
         "num_shards": plan.num_shards,
@@ -134,7 +134,15 @@ def expected_size(prepared: Prepared) -> dict[str, Any]:
         "positions_are_exact": plan.responses is None,
         "logits_bytes": round(num_positions * (plan.top_k * _BYTES_PER_ENTRY + 4 * _SCALARS)),
         "hidden_bytes": hidden,
+        "hidden_dtype": plan.hidden_states.dtype if plan.hidden_states else None,
     }
+
+
+def _hidden_bytes_per_position(hidden: HiddenStates) -> int:
+    """Before compression, which int8 alone has."""
+    if hidden.dtype == "int8":
+        return hidden.size + num_residual_channels(hidden.size) + 4  # and the row's scale
+    return hidden.size * (4 if hidden.dtype == "float32" else 2)
 
 
 def _max_tokens(config: DumpConfig, context: int | None) -> int:

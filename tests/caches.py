@@ -178,6 +178,6 @@ def _hidden_states(plan, rng, num_positions):
     if plan.hidden_states is None:
         return None
     states = rng.standard_normal((num_positions, plan.hidden_states.size)).astype(np.float32)
-    if plan.hidden_states.dtype == "bfloat16":
+    if plan.teacher.dtype == "bfloat16":
         return (states.view(np.uint32) >> 16).astype(np.uint16)
-    return states.astype(plan.hidden_states.dtype)
+    return states.astype(plan.teacher.dtype)

@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from cache_schema import CacheReader, Manifest, Plan, Receipt
 from cache_schema.encoding import SCALAR_COLUMNS, hidden_schema, logit_columns, shard_schema
-from cache_schema.manifest import FORMAT_VERSION, hidden_name, shard_name
+from cache_schema.manifest import FORMAT_VERSION, HiddenStates, hidden_name, shard_name
 from pipeline.cli import app
 from tests.caches import make_plan
 from tests.command_line import pipeline
@@ -103,16 +103,20 @@ def test_every_column_is_specified_and_every_specified_column_exists() -> None:
     shard = {name for plan in (ON_A_GRID, AS_FLOATS) for name in shard_schema(plan).names}
     assert {row[0] for row in table(section("Columns of shard-NNNNN.parquet").split("###")[0])} == shard
     hidden = table(section("Columns of shard-NNNNN.hidden.parquet"))
-    assert [row[0] for row in hidden] == hidden_schema().names
+    assert [row[0] for row in hidden] == hidden_schema(HiddenStates(dtype="int8", size=4)).names
+    assert [row[0] for row in hidden if "only with" not in row[-1]] == hidden_schema().names
 
 
 def test_columns_have_the_parquet_types_specified(
     cache_dir: Path, teacher_dir: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    exact = dump(teacher_dir, data_file, tmp_path / "exact", "--limit", "2", "--set", "cache.logit_step=0")
+    exact = dump(
+        teacher_dir, data_file, tmp_path / "exact", "--limit", "2", "--set", "cache.logit_step=0",
+        "--hidden-dtype", "int8",
+    )  # fmt: skip
     rows = table(section("Columns of shard-NNNNN.parquet")) + table(section("Columns of shard-NNNNN.hidden.parquet"))
     specified = {row[0]: row[1] for row in rows}
-    for path in (cache_dir / shard_name(0), cache_dir / hidden_name(0), exact / shard_name(0)):
+    for path in (folder / name for folder in (cache_dir, exact) for name in (shard_name(0), hidden_name(0))):
         schema = pq.read_metadata(path).schema
         for column in (schema.column(index) for index in range(len(schema))):
             kind = column.physical_type

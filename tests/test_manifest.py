@@ -67,7 +67,11 @@ PLAN_JSON = """{
   ],
   "hidden_states": {
     "dtype": "bfloat16",
-    "size": 4
+    "size": 4,
+    "channel_scale": null,
+    "residual_channels": null,
+    "mean_logit_error": null,
+    "max_logit_error": null
   },
   "num_sequences": 7,
   "sequences_per_shard": 4

@@ -40,7 +40,9 @@ def load_teacher(model_dir, plan):
     )
 
 
-def dump_tiny_cache(folder: Path, model_dir: Path, sequences, *, dtype="float32", hidden_states=True, **plan):
+def dump_tiny_cache(
+    folder: Path, model_dir: Path, sequences, *, dtype="float32", hidden_states=True, hidden_dtype=None, **plan
+):
     """Dump into ``folder``, three sequences a shard, batches of 64 padded tokens. Returns the reader."""
     identity = identity_of(str(model_dir), dtype)
     tokenizer = load_tokenizer(str(model_dir))
@@ -49,7 +51,7 @@ def dump_tiny_cache(folder: Path, model_dir: Path, sequences, *, dtype="float32"
     whole = made.model_copy(
         update={
             "teacher": identity,
-            "hidden_states": HiddenStates(dtype=identity.dtype, size=32) if hidden_states else None,
+            "hidden_states": HiddenStates(dtype=hidden_dtype or identity.dtype, size=32) if hidden_states else None,
             "engine": made.engine.model_copy(update={"tokens_per_batch": 64}),
         }
     )

@@ -1,8 +1,8 @@
 """What a dump can be told."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cache_schema.manifest import Dtype
 from cache_schema.sequence import Positions
@@ -34,6 +34,9 @@ class CacheConfig(_Section):
     top_k: int = Field(64, ge=1)
     positions: Positions = "response"
     hidden_states: bool = True
+    hidden_dtype: Literal["int8"] | None = None
+    """``int8`` stores about half the bytes of bfloat16, and logits from them are no longer exact; None is the
+    teacher's compute dtype."""
     logit_step: float = Field(1 / 64, ge=0, le=1, allow_inf_nan=False)
     """Grid of the stored logits in nats, 1/4096 at least; 0 stores float32."""
     temperatures: tuple[Annotated[float, Field(ge=0.01, allow_inf_nan=False)], ...] = Field((1.0, 3.0), min_length=1)
@@ -47,6 +50,15 @@ class CacheConfig(_Section):
         if 0 < step < 1 / 4096:
             raise ValueError(f"a step of {step:g} is finer than float32 keeps large logits: give 0 to store float32")
         return step
+
+    @model_validator(mode="after")
+    def _nothing_to_store_as_int8(self) -> Self:
+        if self.hidden_dtype and not self.hidden_states:
+            raise ValueError(
+                f"hidden_dtype={self.hidden_dtype} says how to store hidden states, and they are to be left out: give "
+                f"--hidden-dtype or --no-hidden-states (hidden_states=false), not both"
+            )
+        return self
 
 
 class ResponsesConfig(_Section):

@@ -34,6 +34,7 @@ from cache_schema.manifest import (
 from cache_schema.sequence import ScoredSequence, TokenSequence, TopKRows
 from cache_schema.storage import discard_leftovers, exclusive, is_leftover, publish_directory
 from cache_schema.writer import ShardWriter, stored_file
+from workers.teacher.int8 import measure_int8
 from workers.teacher.lm_head import LMHead, save_head, score
 from workers.teacher.teacher import Teacher
 
@@ -47,7 +48,8 @@ def remaining_shards(cache_dir: Path, plan: Plan) -> list[int]:
         CacheMismatchError: the directory belongs to another dump, or holds something else.
     """
     try:
-        require_same_plan(cache_dir, read_json(cache_dir / PLAN_NAME, Plan), plan)
+        stored = read_json(cache_dir / PLAN_NAME, Plan)
+        require_same_plan(cache_dir, stored, _with_scales_of(stored, plan))
     except (FileNotFoundError, NotADirectoryError):
         if cache_dir.exists() and (not cache_dir.is_dir() or any(_foreign(cache_dir))):
             raise CacheMismatchError(f"{cache_dir} exists and holds no cache: give --out a new directory.") from None
@@ -55,6 +57,14 @@ def remaining_shards(cache_dir: Path, plan: Plan) -> list[int]:
         _require_files(cache_dir)
         return []
     return [shard for shard in range(plan.num_shards) if not _is_finished(cache_dir, shard)]
+
+
+def _with_scales_of(stored: Plan, plan: Plan) -> Plan:
+    """The plan with the int8 scales that the dump began with: they are measured once, and follow from the rest."""
+    hidden = plan.hidden_states
+    if hidden is None or hidden.is_measured or stored.hidden_states is None or stored.hidden_states.dtype != "int8":
+        return plan
+    return plan.model_copy(update={"hidden_states": stored.hidden_states})
 
 
 def _require_files(cache_dir: Path) -> None:
@@ -78,7 +88,8 @@ def dump(
 ) -> Manifest:
     """Write the plan, tokenizer and LM head, score every shard without a receipt, then commit the cache.
 
-    A directory that another dump began keeps its plan, which can differ in the teacher's name alone.
+    A directory that another dump began keeps its plan, which can differ in the teacher's name alone. A plan of int8
+    hidden states may come without their scales, which are measured before it is written.
 
     Args:
         sequences: in data set order; prompts alone where the plan lets the teacher respond.
@@ -95,6 +106,8 @@ def dump(
         if (cache_dir / PLAN_NAME).exists():
             plan = read_json(cache_dir / PLAN_NAME, Plan)
         else:
+            if plan.hidden_states and not plan.hidden_states.is_measured:
+                plan = plan.model_copy(update={"hidden_states": measure_int8(plan, sequences, teacher)})
             write_json(cache_dir / PLAN_NAME, plan)
         # Before the first shard: what cannot be stored shows in seconds, not after the last one.
         files = _store_head_and_tokenizer(cache_dir, plan, teacher.lm_head, tokenizer)
