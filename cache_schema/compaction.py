@@ -12,6 +12,7 @@ from pathlib import Path
 from cache_schema.errors import StorageError
 from cache_schema.lookup_files import Kind, LogRow
 from cache_schema.lookups import LookupLog, LookupWriter, receipt_path
+from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.storage import exclusive, flush, is_leftover, refused
 
@@ -110,9 +111,10 @@ def _delete(paths: Sequence[Path]) -> None:
 
 
 def _sweep(log_dir: Path) -> None:
-    """Remove what killed writers left: temporary files, files without a receipt, empty directories."""
+    """Remove what killed writers left: temporary files, files without a receipt, misplaced heads, empty directories."""
     for directory in [path for path in log_dir.iterdir() if path.is_dir()]:
         with suppress(StorageError), exclusive(directory):  # a living writer's is locked
             for path in list(directory.iterdir()):
-                if is_leftover(path) or (path.suffix == ".parquet" and not receipt_path(path).exists()):
+                unfinished = path.suffix == ".parquet" and not receipt_path(path).exists()
+                if is_leftover(path) or unfinished or path.name == LM_HEAD_NAME:
                     path.unlink(missing_ok=True)

@@ -4,8 +4,9 @@ The index holds 8 bytes for each sequence of the cache and the receipts' facts; 
 """
 
 import secrets
+import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from cache_schema.reader import CacheReader
 from cache_schema.storage import exclusive
 
 _FILES_KEPT = 64
+_MOST_LOOKS = 100
+_SETTLED_NS = 2 * 10**9
 
 
 def receipt_path(file: Path) -> Path:
@@ -66,6 +69,8 @@ class LookupLog:
         self._logits: dict[int, dict[int, int]] = {}
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._num_seen = 0
+        self._listings: dict[Path, tuple[int, list[Path]]] = {}
+        self._looked = False
         self.refresh()
 
     def files(self) -> dict[Path, LookupReceipt]:
@@ -85,31 +90,47 @@ class LookupLog:
         return next((path / LM_HEAD_NAME for path in self.directories if (path / LM_HEAD_NAME).exists()), None)
 
     def refresh(self) -> None:
-        """Look at the directories again."""
-        # A compaction during a look may put what it deletes where the look has been already: two looks must agree.
-        before, found = None, self._look()
-        while found != before:
-            before, found = found, self._look()
+        """Look at the directories again; those that have not changed since are not listed."""
+        gone = self._look()
+        for _ in range(_MOST_LOOKS):
+            # What a compaction took away during a look may stand where the look had been already.
+            if not gone and self._looked:
+                return
+            self._looked = True
+            gone = self._look()
 
-    def _look(self) -> set[Path]:
-        """Receipts that stand in the directories; the index is theirs afterwards."""
-        listed = {path for directory in self.directories for path in directory.glob("*/*.json")}
+    def _look(self) -> bool:
+        """Bring the index up to what stands in the directories. Whether something went away."""
+        listed = {path for directory in self.directories for path in self._receipts_in(directory)}
         gone = self._receipts.keys() - listed
-        for path in gone:
-            self._forget(path)
+        self._forget(gone)
+        vanished = False
         for path in sorted(listed - self._receipts.keys()):
             try:
                 receipt = read_json(path, LookupReceipt)
             except FileNotFoundError:
-                gone.add(path)
+                vanished = True
             except CacheCorruptError as error:
                 raise corrupt(path, f"it is no receipt ({error})") from error
             else:
                 self._add(path, receipt)
-        if gone:  # where a forgotten file was not the only one with a sequence, another takes its place
-            for number, receipt in self._receipts.values():
-                self._place(number, receipt)
-        return listed
+        return bool(gone) or vanished
+
+    def _receipts_in(self, log_dir: Path) -> list[Path]:
+        """Those of every writer; a directory that goes away meanwhile, with its writer or a compaction, has none."""
+        found: list[Path] = []
+        for directory in _listed(log_dir):
+            changed, receipts = self._listings.get(directory, (0, []))
+            try:
+                now = directory.stat().st_mtime_ns
+            except FileNotFoundError:
+                continue
+            # A change within the clock's grain of the last would not show: what is younger is listed again.
+            if now != changed or time.time_ns() - now < _SETTLED_NS:
+                receipts = [path for path in _listed(directory) if path.suffix == ".json"]
+                self._listings[directory] = (now, receipts)
+            found += receipts
+        return found
 
     def _add(self, path: Path, receipt: LookupReceipt) -> None:
         if receipt.manifest_sha256 != self._reader.manifest_sha256:
@@ -134,14 +155,22 @@ class LookupLog:
         self._hidden_file[indexes[new]] = number
         self._hidden_row[indexes[new]] = np.flatnonzero(new)
 
-    def _forget(self, path: Path) -> None:
-        number, receipt = self._receipts.pop(path)
-        del self._files[number]
-        self._open.pop(number, None)
-        self._hidden_file[self._hidden_file == number] = -1
-        if receipt.kind == "logits":
-            for index in receipt.indexes:
-                self._logits[index].pop(number, None)
+    def _forget(self, gone: Set[Path]) -> None:
+        if not gone:
+            return
+        numbers = []
+        for path in gone:
+            number, receipt = self._receipts.pop(path)
+            numbers.append(number)
+            del self._files[number]
+            self._open.pop(number, None)
+            if receipt.kind == "logits":
+                for index in receipt.indexes:
+                    self._logits[index].pop(number, None)
+        self._hidden_file[np.isin(self._hidden_file, numbers)] = -1
+        # Where a forgotten file was not the only one with a sequence, another takes its place.
+        for number, receipt in self._receipts.values():
+            self._place(number, receipt)
 
     def hidden_states(self, index: int) -> npt.NDArray[Any] | None:
         """A sequence's final-norm hidden states at its stored positions, if they are logged. [P, D]"""
@@ -163,24 +192,51 @@ class LookupLog:
         logged = [part for part in parts if isinstance(part, LoggedLogits)]
         return LoggedLogits.merged(logged) if logged else None
 
+    def rows(self, path: Path) -> Iterator[tuple[int, npt.NDArray[Any] | LoggedLogits]]:
+        """What one file holds, sequence by sequence.
+
+        Raises:
+            CacheCorruptError: it is damaged, or gone.
+        """
+        number = next(number for number, (file, _) in self._files.items() if file == path)
+        for row, index in enumerate(self._files[number][1].indexes):
+            found = self._read(number, row, index)
+            if found is None:
+                raise corrupt(path, "a compaction took it away")
+            yield index, found
+
     def _read(self, number: int, row: int, index: int) -> npt.NDArray[Any] | LoggedLogits | None:
         """None where a compaction has taken the file away; the index then points at where its content went."""
-        if number not in self._files:
-            return None
-        path, receipt = self._files[number]
-        if number not in self._open:
-            try:
-                self._open[number] = _open(path, receipt)
-            except FileNotFoundError:
-                self.refresh()
-                if number in self._files:  # a receipt goes before its file
-                    raise corrupt(path, "it is missing") from None
+        for is_last in (False, True):
+            if number not in self._files:
                 return None
+            path, receipt = self._files[number]
+            try:
+                file = self._opened(number, path, receipt)
+                sequence_id = self._reader[index].sequence.sequence_id
+                return read_log_row(file, path, receipt, row, sequence_id, self._dtype)
+            except (FileNotFoundError, CacheCorruptError) as error:
+                # Gone, or gone behind an open handle, as on a network file system; a receipt goes before its file.
+                self._open.pop(number, None)
+                self.refresh()
+                if is_last and number in self._files:
+                    raise corrupt(path, "it is missing") if isinstance(error, FileNotFoundError) else error from None
+        return None
+
+    def _opened(self, number: int, path: Path, receipt: LookupReceipt) -> pq.ParquetFile:
+        if number not in self._open:
+            self._open[number] = _open(path, receipt)
             if len(self._open) > _FILES_KEPT:
                 self._open.popitem(last=False)[1].close()
         self._open.move_to_end(number)
-        sequence_id = self._reader[index].sequence.sequence_id
-        return read_log_row(self._open[number], path, receipt, row, sequence_id, self._dtype)
+        return self._open[number]
+
+
+def _listed(directory: Path) -> list[Path]:
+    try:
+        return list(directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _open(path: Path, receipt: LookupReceipt) -> pq.ParquetFile:

@@ -6,6 +6,7 @@ and every later run finds it. The lookup log inside the cache comes along; what 
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,14 @@ import pyarrow.fs as pafs
 
 from cache_schema.errors import CacheCorruptError, CacheIncompleteError, StorageError
 from cache_schema.lookup_files import LOOKUPS_NAME
-from cache_schema.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, read_json, receipt_name
-from cache_schema.storage import is_leftover, publish, sha256_of
+from cache_schema.manifest import MANIFEST_NAME, PLAN_NAME, TOKENIZER_NAME, Manifest, read_json, receipt_name
+from cache_schema.storage import discard_leftovers_in, exclusive, publish, sha256_of
 
 HOME_VARIABLE = "LOGIT_CACHE_HOME"
 _BLOCK_BYTES = 2**24
+_LOG_NAME = re.compile(
+    rf"{LOOKUPS_NAME}/(lm_head\.safetensors|[0-9a-f]{{16}}/[0-9]{{6}}\.(json|(hidden|logits)\.parquet))"
+)
 
 
 def local_copy(location: str, progress: Callable[[int, int], None] | None = None) -> Path:
@@ -41,35 +45,48 @@ def local_copy(location: str, progress: Callable[[int, int], None] | None = None
             raise CacheIncompleteError(f"{location} has no {MANIFEST_NAME}: no finished cache is there.")
         raw = b"".join(_blocks_of(store, f"{root}/{MANIFEST_NAME}"))
     folder = _home() / hashlib.sha256(raw).hexdigest()[:16]
-    with publish(folder / MANIFEST_NAME) as temporary, _reading(location):  # the manifest last, as in a dump
-        temporary.write_bytes(raw)
-        manifest = read_json(temporary, Manifest)
-        total, there = sum(file.num_bytes for file in manifest.all_files), 0
-        for name in (PLAN_NAME, *(receipt_name(receipt.shard) for receipt in manifest.receipts)):
-            _fetch(store, f"{root}/{name}", folder / name)
-        for file in manifest.all_files:
-            deleted = ".hidden." in file.name and not _size(store, f"{root}/{file.name}")
-            if not deleted:
-                _fetch(store, f"{root}/{file.name}", folder / file.name, file.num_bytes, file.sha256)
-            there += file.num_bytes
-            if progress:
-                progress(there, total)
-        _fetch_log(store, root, folder)
+    with exclusive(folder, wait=True):
+        for path in [folder, folder / TOKENIZER_NAME]:
+            discard_leftovers_in(path)
+        with publish(folder / MANIFEST_NAME) as temporary:  # last, as in a dump
+            temporary.write_bytes(raw)
+            _fetch_all(store, root, read_json(temporary, Manifest), folder, progress)
     return folder
 
 
-def _fetch_log(store: pafs.FileSystem, root: str, folder: Path) -> None:
-    """Files before receipts; those of a log never change, so those that are there stay."""
-    found = store.get_file_info(pafs.FileSelector(f"{root}/{LOOKUPS_NAME}", recursive=True, allow_not_found=True))
-    paths = [info.path for info in found if info.type == pafs.FileType.File and not is_leftover(Path(info.path))]
-    for path in sorted(paths, key=lambda path: (path.endswith(".json"), path)):
-        _fetch(store, path, folder / LOOKUPS_NAME / path.split(f"{root}/{LOOKUPS_NAME}/")[1])
-
-
-def _fetch(
-    store: pafs.FileSystem, source: str, target: Path, num_bytes: int | None = None, sha256: str | None = None
+def _fetch_all(
+    store: pafs.FileSystem,
+    root: str,
+    manifest: Manifest,
+    folder: Path,
+    progress: Callable[[int, int], None] | None,
 ) -> None:
-    if target.exists() and target.stat().st_size == (_size(store, source) if num_bytes is None else num_bytes):
+    sizes = _sizes_below(store, root)
+    for name in (PLAN_NAME, *(receipt_name(receipt.shard) for receipt in manifest.receipts)):
+        _fetch(store, f"{root}/{name}", folder / name, sizes.get(name))
+    total, there = sum(file.num_bytes for file in manifest.all_files), 0
+    for file in manifest.all_files:
+        deleted = ".hidden." in file.name and file.name not in sizes
+        if not deleted:
+            _fetch(store, f"{root}/{file.name}", folder / file.name, file.num_bytes, file.sha256)
+        there += file.num_bytes
+        if progress:
+            progress(there, total)
+    # Of a log, the files before the receipts that vouch for them. They never change, so those that are there stay.
+    logged = [name for name in sizes if _LOG_NAME.fullmatch(name)]
+    for name in sorted(logged, key=lambda name: (name.endswith(".json"), name)):
+        _fetch(store, f"{root}/{name}", folder / name, sizes[name])
+
+
+def _sizes_below(store: pafs.FileSystem, root: str) -> dict[str, int]:
+    """Bytes of every object, by its name relative to the cache."""
+    with _reading(root):
+        found = store.get_file_info(pafs.FileSelector(root, recursive=True))
+    return {info.path.removeprefix(f"{root}/"): info.size for info in found if info.type == pafs.FileType.File}
+
+
+def _fetch(store: pafs.FileSystem, source: str, target: Path, num_bytes: int | None, sha256: str | None = None) -> None:
+    if target.exists() and target.stat().st_size == num_bytes:
         return
     with publish(target) as temporary:
         with temporary.open("wb") as file:
@@ -85,11 +102,6 @@ def _blocks_of(store: pafs.FileSystem, source: str) -> Iterator[bytes]:
     with _reading(source), store.open_input_stream(source) as stream:
         while block := stream.read(_BLOCK_BYTES):
             yield block
-
-
-def _size(store: pafs.FileSystem, source: str) -> int | None:
-    size: int | None = store.get_file_info(source).size
-    return size
 
 
 def _home() -> Path:

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -64,15 +64,23 @@ def discard_leftovers(path: Path) -> None:
     Call it with the directory's lock held: a living process may be about to rename what stands under such a name.
     """
     leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
-    try:
-        for found in path.parent.iterdir():
-            if leftover.fullmatch(found.name):
-                if found.is_dir():
-                    shutil.rmtree(found)
-                else:
-                    found.unlink()
-    except OSError as error:
-        raise refused(path, error) from error
+    _remove(found for found in path.parent.iterdir() if leftover.fullmatch(found.name))
+
+
+def discard_leftovers_in(directory: Path) -> None:
+    """The same of everything that stands in a directory; there need be none."""
+    _remove(found for found in (directory.iterdir() if directory.is_dir() else ()) if is_leftover(found))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise refused(path, error) from error
 
 
 def is_leftover(path: Path) -> bool:
@@ -81,15 +89,19 @@ def is_leftover(path: Path) -> bool:
 
 
 @contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
+def exclusive(directory: Path, *, wait: bool = False) -> Iterator[None]:
     """Make a directory if need be and hold its lock, so that one process at a time writes in it.
 
-    A killed holder lets go. A directory that is still empty in the end is removed again.
+    A killed holder lets go. A directory that is still empty in the end is removed again. The lock is this machine's:
+    a network file system need not show it to others.
+
+    Args:
+        wait: for another holder to let go, instead of refusing.
 
     Raises:
-        StorageError: another process holds the lock, or the directory cannot be made.
+        StorageError: another process holds the lock, or the directory cannot be made or locked.
     """
-    descriptor = _lock(directory)
+    descriptor = _lock(directory, wait)
     try:
         yield
     finally:
@@ -98,7 +110,7 @@ def exclusive(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(directory: Path) -> int:
+def _lock(directory: Path, wait: bool) -> int:
     """Descriptor of the locked directory; closing it lets go."""
     while True:
         try:
@@ -109,7 +121,7 @@ def _lock(directory: Path) -> int:
         except OSError as error:
             raise refused(directory, error) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.fstat(descriptor).st_ino == directory.stat().st_ino:
                 return descriptor
         except BlockingIOError:
@@ -119,6 +131,9 @@ def _lock(directory: Path) -> int:
             ) from None
         except FileNotFoundError:
             pass
+        except OSError as error:
+            os.close(descriptor)
+            raise refused(directory, error) from error
         # The lock is that of a directory which its last holder has removed since.
         os.close(descriptor)
 

@@ -8,10 +8,12 @@ from typing import Any
 from cache_schema.compaction import compact
 from cache_schema.errors import CacheError
 from cache_schema.lookups import LookupLog, lookups_dir
+from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.storage import sha256_of
 from pipeline.progress import progress_bar
 from workers.errors import InputError
+from workers.lookup.opening import head_path
 
 NO_LOG: dict[str, Any] = {"pairs": 0, "sequences": 0, "files": 0, "bytes": 0}
 
@@ -42,6 +44,11 @@ def faults_in_log(reader: CacheReader) -> Iterator[tuple[str, str]]:
     except CacheError as error:
         yield lookups_dir(reader).name, str(error)
         return
+    heads, head = {receipt.lm_head_sha256 for receipt in log.files().values()} - {None}, head_path(reader, log)
+    if heads and head is None:
+        yield f"{lookups_dir(reader).name}/{LM_HEAD_NAME}", "it is missing"
+    elif heads and head is not None and heads != {sha256_of(head)}:
+        yield head.relative_to(reader.cache_dir).as_posix(), "its SHA-256 is not that of the logged files' receipts"
     for path, receipt in log.files().items():
         name = path.relative_to(reader.cache_dir).as_posix()
         if not path.exists():

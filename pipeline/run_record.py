@@ -4,6 +4,7 @@
 its summary is there. Metrics are flushed step by step; resuming drops those after the checkpoint it goes on from.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -73,7 +74,9 @@ class RunRecord:
     def begin(self, config: dict[str, Any], made_of: dict[str, Any], eval_before: dict[str, Any] | None) -> None:
         """Write what the run is, before its first step; a run that goes on keeps what it has."""
         if not (self.run_dir / RUN_NAME).exists():
-            self._write({"config": config, **made_of, "eval_before": eval_before, "summary": None})
+            self._write(
+                {"config": config, **made_of, "eval_before": eval_before, "dropped_forwards": {}, "summary": None}
+            )
         if not self.config_path.exists():
             publish_text(self.config_path, tomli_w.dumps(_without_none(config)))
 
@@ -85,15 +88,26 @@ class RunRecord:
     def open_metrics(self, first_step: int) -> IO[str]:
         """Metrics file to append to, holding the records of the first ``first_step`` steps alone."""
         path = self.run_dir / METRICS_NAME
-        kept = [record for record in self.metrics() if record["step"] <= first_step]
+        records = self.metrics()
+        kept = [record for record in records if record["step"] <= first_step]
         if len(kept) != first_step:
             raise InputError(
                 f"{path} holds {len(kept)} of the {first_step} steps before the checkpoint: restore it, or delete "
                 f"{self.run_dir / 'checkpoints'} to begin again."
             )
+        self._count_dropped([record for record in records if record["step"] > first_step])
         with publish(path) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         return path.open("a", encoding="utf-8")
+
+    def _count_dropped(self, dropped: list[dict[str, Any]]) -> None:
+        """Steps that are done again drop their records, but what the teacher did for them it has done."""
+        forwards = sum(record["teacher_forwards"] for record in dropped)
+        if forwards:
+            # Under the records' own hash: killed before they are dropped, they are found and counted again.
+            key = hashlib.sha256(json.dumps(dropped).encode()).hexdigest()[:16]
+            document = _read(self.run_dir / RUN_NAME)
+            self._write({**document, "dropped_forwards": {**document["dropped_forwards"], key: forwards}})
 
     def append(self, metrics: IO[str], step: dict[str, Any]) -> None:
         """Write a step's record through to the file.
@@ -138,7 +152,8 @@ class RunRecord:
             "positions_per_second": positions / seconds,
             "lookups": dict(lookups),
             "bound_share": lookups["bound"] / max(1, lookups.total()),
-            "teacher_forwards": sum(record["teacher_forwards"] for record in records),
+            "teacher_forwards": sum(record["teacher_forwards"] for record in records)
+            + sum(_read(self.run_dir / RUN_NAME)["dropped_forwards"].values()),
             "model": str(self.model_dir),
             **extra,
         }
@@ -167,7 +182,7 @@ def _foreign(run_dir: Path) -> Iterator[Path]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not {"config", "summary", "eval_before"} <= document.keys():
+        if not {"config", "summary", "eval_before", "dropped_forwards"} <= document.keys():
             raise ValueError("it is no run's record")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} cannot be read: {error}. Start the run anew in another --out.") from None

@@ -14,9 +14,12 @@ from cache_schema.manifest import hidden_name, shard_name
 from cache_schema.reader import CacheReader
 from pipeline.progress import progress_bar
 from workers.device import resolve_device
+from workers.distill.config import DistillConfig
 from workers.distill.student import load_student, require_layers
 from workers.errors import InputError
 from workers.evaluate.misses import TOP_KS, Misses, mass_outside, measure_misses
+from workers.lookup.config import LookupConfig
+from workers.lookup.opening import Asked, source_of_misses
 from workers.losses.catalogue import LOSSES
 from workers.teacher.checkpoint import (
     context_length,
@@ -158,10 +161,15 @@ def misses_by_top_k(misses: Misses) -> dict[str, Any]:
 
 
 def _one_epoch(reader: CacheReader, sample: Sequence[int], misses: Misses) -> dict[str, Any]:
-    """What an epoch of this student, as it is, would ask of each tier: the sample's shares on all positions."""
+    """What an epoch of this student, as it is, would ask of each tier: the sample's shares on all positions.
+
+    A live teacher runs on the whole of a step in which one sequence misses: on all of them but where none does.
+    """
     in_sample = sum(reader[index].rows.num_positions for index in sample)
     pairs = misses.num_pairs * reader.manifest.num_positions / in_sample
     missing = round(pairs * misses.share_of_pairs(reader.plan.top_k))
-    tier = "hidden" if reader.has_hidden_states else "live"
-    asking = 0 if reader.has_hidden_states else misses.share_of_sequences(reader.plan.top_k) * len(reader)
-    return {"lookups": {"cached": round(pairs) - missing, tier: missing}, "teacher_forwards": round(asking)}
+    source = source_of_misses(reader, Asked(reader.plan.teacher.name, "refuse", LookupConfig()))
+    sequences_per_step = DistillConfig.model_fields["sequences_per_step"].default
+    quiet_step = (1 - misses.share_of_sequences(reader.plan.top_k)) ** sequences_per_step
+    forwards = round((1 - quiet_step) * len(reader)) if source == "live" else 0
+    return {"lookups": {"cached": round(pairs) - missing, source: missing}, "teacher_forwards": forwards}

@@ -1,6 +1,6 @@
-"""One process of the stress test: asks about random sequences of a cache until it is killed or its time is over.
+"""One process of the stress test: asks about random sequences of a cache until it is killed or the file STOP appears.
 
-``python -m tests.log_worker CACHE TEACHER TRUTH JOURNAL KIND SEED SECONDS``: every answer is compared with the dense
+``python -m tests.log_worker CACHE TEACHER TRUTH JOURNAL KIND SEED STOP``: every answer is compared with the dense
 float32 logits in TRUTH; what was published is noted in JOURNAL afterwards. Exits 1 at the first wrong answer.
 """
 
@@ -24,9 +24,8 @@ from workers.lookup.states import TeacherStates
 LONGEST_PAUSE = 0.3
 
 
-def main(cache: str, model: str, truth: str, journal: str, kind: str, seed: str, seconds: str) -> None:
+def main(cache: str, model: str, truth: str, journal: str, kind: str, seed: str, stop: str) -> None:
     torch.set_num_threads(1)
-    until = time.monotonic() + float(seconds)
     reader, dense_NV = CacheReader(cache), np.load(truth, mmap_mode="r")
     first_row = np.cumsum([0, *(reader[index].rows.num_positions for index in range(len(reader)))])
     teacher = load_teacher(Path(model), reader.plan)
@@ -42,7 +41,7 @@ def main(cache: str, model: str, truth: str, journal: str, kind: str, seed: str,
     )
     ladder = Ladder(states, answers=AnswerLog(reader, log, writer if kind == "logits" else None, 0))
     with Path(journal).open("a") as notes:
-        while time.monotonic() < until:
+        while not Path(stop).exists():
             indexes = choice.sample(range(len(reader)), 3)
             positions = collate(reader, indexes, ["response"], CPU).parts["response"]
             # Ids that depend on the sequence alone, so that another process's answers are of use.

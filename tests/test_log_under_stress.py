@@ -22,7 +22,7 @@ from tests.tiny import tiny_tokenizer
 from tests.tiny_cache import dump_tiny_cache, random_sequences
 from tests.tiny_models import save_tiny_llama
 
-SECONDS, WORKERS, SEQUENCES = 60, 8, 2000
+SECONDS, WORKERS, SEQUENCES = 180, 8, 4000
 
 
 def dense_logits(model_dir: Path, reader: CacheReader) -> np.ndarray:
@@ -43,14 +43,14 @@ def test_no_answer_is_lost_or_wrong_while_processes_are_killed_and_the_log_is_fo
     reader = dump_tiny_cache(tmp_path / "cache", teacher, sequences, hidden_states=False, sequences_per_shard=1000)
     truth = dense_logits(teacher, reader)
     np.save(tmp_path / "truth.npy", truth)
-    until, chance = time.monotonic() + SECONDS, random.Random(0)
+    chance, stop = random.Random(0), tmp_path / "stop"
     journals: list[Path] = []
 
     def start(number: int) -> subprocess.Popen[bytes]:
         journals.append(tmp_path / f"journal-{len(journals)}")
         command = [
             sys.executable, "-m", "tests.log_worker", reader.cache_dir, teacher, tmp_path / "truth.npy", journals[-1],
-            "hidden" if number % 2 else "logits", len(journals), max(until - time.monotonic(), 0),
+            "hidden" if number % 2 else "logits", len(journals), stop,
         ]  # fmt: skip
         return subprocess.Popen([str(part) for part in command])
 
@@ -58,10 +58,12 @@ def test_no_answer_is_lost_or_wrong_while_processes_are_killed_and_the_log_is_fo
         return subprocess.Popen([sys.executable, "-m", "pipeline", "compact", str(reader.cache_dir)], stdout=-3)
 
     workers = [start(number) for number in range(WORKERS)]
-    while not lookups_dir(reader).exists():
+    while not all(journal.exists() and journal.stat().st_size for journal in journals):
         time.sleep(0.1)
+        assert all(worker.poll() is None for worker in workers)
     compaction, kills, folds = start_compaction(), 0, 0
-    while time.monotonic() < until - 10:
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
         time.sleep(chance.uniform(1, 3))
         number = chance.randrange(WORKERS + 1)
         victim = compaction if number == WORKERS else workers[number]
@@ -76,6 +78,7 @@ def test_no_answer_is_lost_or_wrong_while_processes_are_killed_and_the_log_is_fo
             folds += compaction.returncode == 0
             compaction = start_compaction()
         assert all(worker.poll() in (None, 0) for worker in workers)
+    stop.touch()
     assert [worker.wait() for worker in workers] == [0] * WORKERS
     assert compaction.wait() == 0
     compact(reader, lookups_dir(reader))

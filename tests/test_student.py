@@ -171,9 +171,7 @@ TERMS = {
 
 
 def module_of(tiny, model, terms, *, autocast=False):
-    return StudentLoss(
-        model, [stored_ladder(tiny.reader, CPU)], terms, vocab_size=VOCAB_SIZE, autocast=autocast
-    )
+    return StudentLoss(model, [stored_ladder(tiny.reader, CPU)], terms, vocab_size=VOCAB_SIZE, autocast=autocast)
 
 
 def parts_of(terms):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+_SHUFFLE, _PASS = 0, 1  # kinds of random streams
+
 
 @dataclass(frozen=True)
 class Pick:
@@ -36,7 +38,7 @@ class Order:
         self.quotas = quotas_of(self._sizes, weights)
         """Sequences of each cache in an epoch."""
         assert all(self.quotas)
-        self._epoch: tuple[int, list[Pick]] = (-1, [])
+        self._epoch, self._picks = -1, np.empty((0, 2), dtype=np.int64)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -46,19 +48,17 @@ class Order:
     def step(self, step: int) -> list[Pick]:
         """The sequences of one step."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._picks(epoch))
+        if self._epoch != epoch:
+            self._epoch, self._picks = epoch, self._picks_of(epoch)
         first = step_in_epoch * self._sequences_per_step
-        return self._epoch[1][first : first + self._sequences_per_step]
+        return [Pick(cache, index) for cache, index in self._picks[first : first + self._sequences_per_step].tolist()]
 
-    def _picks(self, epoch: int) -> list[Pick]:
-        picks = [
-            Pick(cache, int(index))
-            for cache, quota in enumerate(self.quotas)
-            for index in self._draws(cache, quota, epoch)
-        ]
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(picks))
-        return [picks[place] for place in order.tolist()]
+    def _picks_of(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Cache and index of an epoch's sequences. [sequences, 2]"""
+        caches = np.repeat(np.arange(len(self.quotas)), self.quotas)
+        indexes = np.concatenate([self._draws(cache, quota, epoch) for cache, quota in enumerate(self.quotas)])
+        picks: npt.NDArray[np.int64] = np.stack([caches, indexes], axis=1)
+        return self._random(_SHUFFLE, epoch).permutation(picks)
 
     def _draws(self, cache: int, quota: int, epoch: int) -> npt.NDArray[np.int64]:
         """Entries ``epoch * quota`` onward of the cache's endless row of permutations."""
@@ -66,10 +66,12 @@ class Order:
         if quota == size:
             return np.arange(size)
         passes = range(first // size, -(-(first + quota) // size))
-        row = np.concatenate(
-            [np.random.default_rng([self._seed, cache, number]).permutation(size) for number in passes]
-        )
+        row = np.concatenate([self._random(_PASS, cache, number).permutation(size) for number in passes])
         return row[first - passes.start * size :][:quota]
+
+    def _random(self, *key: int) -> np.random.Generator:
+        """A stream of its own for each key; in a list of seeds, trailing zeros would not count."""
+        return np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=key))
 
 
 def quotas_of(sizes: Sequence[int], weights: Sequence[float] | None) -> tuple[int, ...]:

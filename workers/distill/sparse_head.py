@@ -34,7 +34,7 @@ def student_top_k(head: LMHead, hidden_ND: Tensor, k: int) -> Tensor:
         weight_VD = head.weight_VD.to(hidden_ND.dtype)
         bias_V = None if head.bias_V is None else head.bias_V.to(hidden_ND.dtype)
         ids, unsure = [], []
-        for rows in chunks(len(hidden_ND), hidden_ND.element_size() * head.vocab_size):
+        for rows in chunks(len(hidden_ND), hidden_ND.element_size() * head.vocab_size, hidden_ND.device):
             # The soft cap and a positive scale keep the order, so the scan leaves them out.
             scan_CV = torch.nn.functional.linear(hidden_ND[rows], weight_VD, bias_V)
             scanned_CM, candidates_CM = torch.topk(scan_CV, num_candidates, dim=1)
@@ -45,7 +45,7 @@ def student_top_k(head: LMHead, hidden_ND: Tensor, k: int) -> Tensor:
         ids_NK = torch.cat(ids)
         if num_candidates < head.vocab_size:
             unsure_U = torch.cat(unsure).nonzero().squeeze(1)
-            for part in chunks(len(unsure_U), 4 * head.vocab_size):
+            for part in chunks(len(unsure_U), 4 * head.vocab_size, unsure_U.device):
                 hidden_CD = hidden_ND[unsure_U[part]]
                 logits_CV = head.logits(hidden_CD.to(widened(hidden_CD.dtype)))
                 ids_NK[unsure_U[part]] = exact_top_k(logits_CV, k)[1]
@@ -148,7 +148,7 @@ class _RowLoss(torch.autograd.Function):
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
         values = []
         # A loss of one chunk holds about five tensors of its size.
-        for rows in chunks(len(hidden_ND), 4 * 2 * head.vocab_size):
+        for rows in chunks(len(hidden_ND), 4 * 2 * head.vocab_size, hidden_ND.device):
             products_CV = float32_matmul(hidden_ND[rows], compute_VD)
             if bias_V is not None:
                 products_CV += bias_V.to(wide)

@@ -65,7 +65,7 @@ def _measure(
 ) -> Tensor:
     """Columns: overlap at each k, loss, KL (0 without hidden states). float64 [N, len(overlap_ks) + 2]"""
     parts = []
-    for chunk in chunks(len(hidden_ND), 4 * 2 * head.vocab_size):
+    for chunk in chunks(len(hidden_ND), 4 * 2 * head.vocab_size, hidden_ND.device):
         student_CV = head.logits(hidden_ND[chunk])
         labels_C = positions.labels_N[chunk]
         loss_C = F.cross_entropy(student_CV, labels_C, reduction="none")
@@ -75,8 +75,8 @@ def _measure(
         student_ids_CK = exact_top_k(student_CV, max(overlap_ks))[1]
         teacher_ids_CK = positions.token_ids_NK[chunk]
         overlaps = [overlap_at(k, teacher_ids_CK, student_ids_CK) for k in overlap_ks]
-        parts.append(torch.stack([*overlaps, loss_C.double(), kl_C.double()], 1).cpu())
-    return torch.cat(parts)
+        parts.append(torch.stack([*overlaps, loss_C.double(), kl_C.double()], 1))
+    return torch.cat(parts).cpu()
 
 
 def overlap_at(k: int, teacher_ids_NK: Tensor, student_ids_NK: Tensor) -> Tensor:

@@ -34,6 +34,10 @@ class AnswerLog:
         self._writer = writer
         self.fetch_ahead = fetch_ahead
 
+    @property
+    def is_written(self) -> bool:
+        return self._writer is not None
+
     def find(self, positions: TeacherPositions, rows_Q: Tensor, ids_Q: Tensor) -> tuple[Tensor, Tensor]:
         """What the log answers of the pairs: which, bool [Q], and all their logits, 0 where it does not. float32 [Q]"""
         table = self._table(positions)
@@ -83,8 +87,7 @@ class AnswerLog:
             sequences: rows of the batch the teacher has just run on.
             hidden_ND: its hidden states there; other rows are not read.
         """
-        if self._writer is None:
-            return
+        assert self._writer is not None
         device = hidden_ND.device
         rows, ids = rows_Q.to(device), ids_Q.to(device)
         if ahead_NF is not None:

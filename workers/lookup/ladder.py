@@ -117,6 +117,7 @@ class Ladder:
             if item is not None:
                 self._count(item.tier, pairs)
         hidden_ND = self._assemble(positions, held)
+        self._keep_answers(positions, held, rows_Q, ids_Q, ahead, hidden_ND)
         with torch.no_grad():
             logits_Q = self._head.logits_of_pairs(hidden_ND, rows_Q.to(hidden_ND.device), ids_Q.to(hidden_ND.device))
         if all(held[row] for row in asked):
@@ -140,11 +141,22 @@ class Ladder:
             return None
         asked = [row for row, pairs in enumerate(_pairs_per_sequence(positions, rows_Q)) if pairs]
         self._states.fetch(positions.members[row].index for row in asked)
-        if self._answers is not None:
-            hidden_ND = self._assemble(positions, self._held(positions, asked))
-            ahead_NF = ahead(self._answers.fetch_ahead) if ahead and self._answers.fetch_ahead else None
-            self._answers.keep(positions, asked, rows_Q, ids_Q, ahead_NF, hidden_ND, self._head)
         return self._from_states(positions, rows_Q, ids_Q, ahead)
+
+    def _keep_answers(
+        self,
+        positions: TeacherPositions,
+        held: tuple[Held | None, ...],
+        rows_Q: Tensor,
+        ids_Q: Tensor,
+        ahead: Ahead | None,
+        hidden_ND: Tensor,
+    ) -> None:
+        """Where answers are logged, log what the teacher has just said."""
+        live = [row for row, item in enumerate(held) if item is not None and item.tier == "live"]
+        if live and self._answers is not None and self._answers.is_written:
+            ahead_NF = ahead(self._answers.fetch_ahead) if ahead and self._answers.fetch_ahead else None
+            self._answers.keep(positions, live, rows_Q, ids_Q, ahead_NF, hidden_ND, self._head)
 
     def _bounded(
         self, positions: TeacherPositions, rows_Q: Tensor, ids_Q: Tensor, ahead: Ahead | None

@@ -13,7 +13,7 @@ from cache_schema.errors import CacheCorruptError, StorageError
 from cache_schema.lookups import LookupLog, LookupWriter, lookups_dir
 from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
-from cache_schema.storage import sha256_of
+from cache_schema.storage import flush, sha256_of
 from workers.device import resolve_device
 from workers.errors import InputError
 from workers.lookup.answers import AnswerLog
@@ -56,7 +56,7 @@ def source_of_misses(reader: CacheReader, asked: Asked) -> Source:
     if reader.has_hidden_states:
         return "hidden"
     log = open_log(reader, asked.lookups)
-    if log.num_with_hidden_states == len(reader) and _head_path(reader, log) is not None:
+    if log.num_with_hidden_states == len(reader) and head_path(reader, log) is not None:
         return "logged"
     if asked.teacher is not None:
         return "live"
@@ -115,7 +115,7 @@ def open_ladders(
 def _logged_ladder(reader: CacheReader, asked: Asked, device: torch.device) -> Ladder:
     """Whatever the log has, then the bound if it is allowed."""
     log = open_log(reader, asked.lookups)
-    states, path = None, _head_path(reader, log)
+    states, path = None, head_path(reader, log)
     if path is not None:
         head = load_head(path, _head_device(reader, asked, device))
         _require_head_of_log(reader, log, head, path)
@@ -130,9 +130,9 @@ def _live_ladder(
     log = open_log(reader, lookups)
     keeps_answers = lookups.log == "logits"
     if writer is not None and not keeps_answers:
-        writer.lm_head_sha256 = _published_head(reader, log, teacher.lm_head, lookups)
+        writer.lm_head_sha256 = _published_head(reader, log, teacher.lm_head, writer)
     head = teacher.lm_head.to(_head_device(reader, asked, device))
-    path = _head_path(reader, log)
+    path = head_path(reader, log)
     if path is not None:
         _require_head_of_log(reader, log, head, path)
     states = TeacherStates(
@@ -181,17 +181,20 @@ def _head_device(reader: CacheReader, asked: Asked, device: torch.device) -> tor
     return device
 
 
-def _head_path(reader: CacheReader, log: LookupLog) -> Path | None:
-    """The head above logged hidden states: the cache's own, where a dump with hidden states lost them later."""
+def head_path(reader: CacheReader, log: LookupLog) -> Path | None:
+    """The head above a log's hidden states: the cache's own, where a dump with hidden states lost them later."""
     return reader.lm_head_path if reader.plan.hidden_states and reader.lm_head_path.exists() else log.lm_head_path
 
 
-def _published_head(reader: CacheReader, log: LookupLog, head: LMHead, lookups: LookupConfig) -> str:
+def _published_head(reader: CacheReader, log: LookupLog, head: LMHead, writer: LookupWriter) -> str:
     """Hash of the head beside the log, which is written if there is none."""
-    path = _head_path(reader, log)
+    path = head_path(reader, log)
     if path is None:
-        path = lookups_dir(reader, Path(lookups.dir) if lookups.dir else None) / LM_HEAD_NAME
-        save_head(head, path)
+        # Made in the writer's own directory, where a compaction finds what a killed run leaves half-written.
+        path, made = writer.directory.parent / LM_HEAD_NAME, writer.directory / LM_HEAD_NAME
+        save_head(head, made)
+        made.replace(path)
+        flush(path.parent)
     return sha256_of(path)
 
 

@@ -1,5 +1,6 @@
 """A model's files: where they are, what they hash to, and loading them with errors that name the fix."""
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -54,7 +55,8 @@ def identity_of(model: str, dtype: str | None) -> TeacherIdentity:
     digest.update(json.dumps(kept, sort_keys=True).encode())
     num_parameters = 0
     for file in sorted(directory.glob("*.safetensors")):
-        digest.update(f"{file.name}:{sha256_of(file)}\n".encode())
+        stat = file.stat()
+        digest.update(f"{file.name}:{_sha256_once(file, stat.st_size, stat.st_mtime_ns)}\n".encode())
         num_parameters += _num_parameters(file)
     return TeacherIdentity(
         name=directory.resolve().name if Path(model).is_dir() else model,
@@ -63,6 +65,12 @@ def identity_of(model: str, dtype: str | None) -> TeacherIdentity:
         num_parameters=num_parameters,
         dtype=cast(Dtype, dtype),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256_once(file: Path, num_bytes: int, mtime_ns: int) -> str:
+    """Weights are hashed once in a process, however often it asks who the model is."""
+    return sha256_of(file)
 
 
 def read_text_config(model_dir: Path) -> Any:
