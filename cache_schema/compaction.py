@@ -4,20 +4,22 @@ Runs may read and write the log meanwhile. What was folded is published before i
 any instant loses nothing and leaves at worst a sequence twice, for the next compaction.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache_schema.errors import StorageError
+from cache_schema.errors import CacheCorruptError, StorageError
 from cache_schema.lookup_files import Kind, LogRow
-from cache_schema.lookups import LookupLog, LookupWriter, receipt_path
+from cache_schema.lookups import LookupLog, LookupWriter, machine_mark, receipt_path
 from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.storage import exclusive, flush, is_leftover, refused
 
 SEQUENCES_PER_FILE = 512
 """A file with as many is full, and left alone unless another repeats one of its sequences."""
+_A_DAY = 24 * 60 * 60
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ def compact(
         indexes = {kind: sorted({i for path in paths for i in before[path].indexes}) for kind, paths in sources.items()}
         total = sum(map(len, indexes.values()))
         done = 0
+        if len(log.lm_head_hashes) > 1:
+            raise CacheCorruptError(
+                f"{log_dir} holds hidden states of several LM heads: it was not written for one teacher. Delete it; "
+                f"runs with --teacher write it again."
+            )
         for kind, paths in sources.items():
             if not paths:
                 continue
@@ -65,6 +72,7 @@ def compact(
                         progress(done, total)
             finally:
                 writer.close()
+        for paths in sources.values():  # after both were read whole
             _delete(paths)
         _sweep(log_dir)
         log.refresh()
@@ -99,22 +107,35 @@ def _rows(reader: CacheReader, log: LookupLog, kind: Kind, indexes: Sequence[int
 
 def _delete(paths: Sequence[Path]) -> None:
     """Receipts first, and for good: a file whose receipt stands must be there."""
-    try:
-        for path in paths:
+    for path in paths:
+        with _refusals_of(path):
             receipt_path(path).unlink(missing_ok=True)
-        for directory in {path.parent for path in paths}:
+    for directory in {path.parent for path in paths}:
+        with _refusals_of(directory), suppress(FileNotFoundError):
             flush(directory)
-        for path in paths:
+    for path in paths:
+        with _refusals_of(path):
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise refused(paths[0].parent, error) from error
 
 
 def _sweep(log_dir: Path) -> None:
-    """Remove what killed writers left: temporary files, files without a receipt, misplaced heads, empty directories."""
-    for directory in [path for path in log_dir.iterdir() if path.is_dir()]:
-        with suppress(StorageError), exclusive(directory):  # a living writer's is locked
+    """Remove what killed writers left: temporary files, files without a receipt, misplaced heads, empty directories.
+
+    A living writer's directory is locked; one of another machine, whose lock need not show here, is left for a day.
+    """
+    for directory in [path for path in log_dir.iterdir() if path.is_dir() and not path.is_symlink()]:
+        if not directory.name.startswith(machine_mark()) and time.time() - directory.stat().st_mtime < _A_DAY:
+            continue
+        with suppress(StorageError), exclusive(directory):
             for path in list(directory.iterdir()):
                 unfinished = path.suffix == ".parquet" and not receipt_path(path).exists()
                 if is_leftover(path) or unfinished or path.name == LM_HEAD_NAME:
                     path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _refusals_of(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise refused(path, error) from error

@@ -1,9 +1,11 @@
 """Reads a cache's lookup log by sequence index, and writes to it, while other processes do the same.
 
-The index holds 8 bytes for each sequence of the cache and the receipts' facts; logged values stay on the disk.
+The index is 8 bytes for each sequence of the cache, and what the receipts say; logged values stay on the disk.
 """
 
+import hashlib
 import secrets
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Set
@@ -40,6 +42,11 @@ _SETTLED_NS = 2 * 10**9
 def receipt_path(file: Path) -> Path:
     """Beside the file it is of."""
     return file.with_name(f"{file.name.split('.')[0]}.json")
+
+
+def machine_mark() -> str:
+    """Four hex digits that the directories of this machine's writers begin with."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]
 
 
 def lookups_dir(reader: CacheReader, elsewhere: Path | None = None) -> Path:
@@ -86,8 +93,16 @@ class LookupLog:
 
     @property
     def lm_head_path(self) -> Path | None:
-        """The head above the hidden states, once there is one."""
-        return next((path / LM_HEAD_NAME for path in self.directories if (path / LM_HEAD_NAME).exists()), None)
+        """The head above the hidden states, once there is one: the cache's own, where a dump with hidden states lost
+        them later, or one beside the log."""
+        own = [self._reader.lm_head_path] if self._reader.plan.hidden_states else []
+        beside = [directory / LM_HEAD_NAME for directory in self.directories]
+        return next((path for path in [*own, *beside] if path.exists()), None)
+
+    @property
+    def lm_head_hashes(self) -> set[str]:
+        """Of the heads that the logged hidden states belong to: one, or the log is no log."""
+        return {receipt.lm_head_sha256 or "" for _, receipt in self._receipts.values() if receipt.kind == "hidden"}
 
     def refresh(self) -> None:
         """Look at the directories again; those that have not changed since are not listed."""
@@ -256,6 +271,8 @@ def _open(path: Path, receipt: LookupReceipt) -> pq.ParquetFile:
 class LookupWriter:
     """One process's share of a log: a directory of its own, locked until ``close``.
 
+    The directory's name begins with the machine's mark: locks are seen on one machine alone.
+
     Raises:
         StorageError: the directory cannot be made.
     """
@@ -264,7 +281,7 @@ class LookupWriter:
         self._manifest_sha256 = manifest_sha256
         self.lm_head_sha256 = lm_head_sha256
         """Of the head that makes logits of the hidden states to be written."""
-        self.directory = log_dir / secrets.token_hex(8)
+        self.directory = log_dir / f"{machine_mark()}{secrets.token_hex(6)}"
         self._lock = ExitStack()
         self._lock.enter_context(exclusive(self.directory))
         self._num_written = 0

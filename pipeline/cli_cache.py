@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.options import CacheAt, ConfigFile, Device, Json, Settings, layers_with, required, show
+from pipeline.options import CacheAt, ConfigFile, Device, Json, LogAt, Settings, layers_with, required, show
 
 
 def estimate(
@@ -127,6 +127,7 @@ def inspect(
     student: Annotated[str | None, typer.Option(help="With --stats: count what this student misses.")] = None,
     student_layers: Annotated[str | None, typer.Option(help="Keep these layers of it, for instance 0,3,6.")] = None,
     sample: Annotated[int, typer.Option(min=1, help="With --stats: measure on this many sequences at most.")] = 64,
+    lookups: LogAt = None,
     device: Device = None,
     json_output: Json = False,
 ) -> None:
@@ -147,7 +148,7 @@ def inspect(
         show(shown, json_output, lambda: sequence_in_words(shown))
         return
     cache_dir = at_hand(cache)
-    facts = describe(cache_dir)
+    facts = describe(cache_dir, lookups)
     if not stats:
         show(facts, json_output, lambda: in_words(cache_dir, facts))
         return
@@ -161,7 +162,7 @@ def inspect(
     show(facts, json_output, lambda: f"{in_words(cache_dir, facts)}\n{statistics_in_words(facts)}")
 
 
-def verify(cache: CacheAt, json_output: Json = False) -> None:
+def verify(cache: CacheAt, lookups: LogAt = None, json_output: Json = False) -> None:
     """Check every hash and every row of a cache, and its LM head against its hidden states.
 
     Example: pipeline verify caches/train
@@ -171,7 +172,7 @@ def verify(cache: CacheAt, json_output: Json = False) -> None:
     from pipeline.words import report_in_words
 
     cache_dir = at_hand(cache)
-    report = verify_cache(cache_dir)
+    report = verify_cache(cache_dir, lookups)
     show(report, json_output, lambda: report_in_words(cache_dir, report))
     if not report["ok"]:
         raise typer.Exit(1)
@@ -179,7 +180,7 @@ def verify(cache: CacheAt, json_output: Json = False) -> None:
 
 def compact(
     cache: CacheAt,
-    lookups: Annotated[Path | None, typer.Option(help="Fold the log in this directory, not the cache's own.")] = None,
+    lookups: LogAt = None,
     json_output: Json = False,
 ) -> None:
     """Fold a cache's lookup log into few files, each sequence once; runs may go on meanwhile.

@@ -46,7 +46,7 @@ def distill(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what the run would do.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Train a student from a cache, with no teacher in memory.
+    """Train a student from a cache; with hidden states in it, no teacher is loaded.
 
     Example: pipeline distill --cache caches/train --student ./teacher --student-layers 0,9,19,29 --out runs/bild
     """

@@ -22,7 +22,7 @@ from workers.errors import InputError
 from workers.tokenizers import load_tokenizer
 
 
-def describe(cache_dir: Path) -> dict[str, Any]:
+def describe(cache_dir: Path, lookups: Path | None = None) -> dict[str, Any]:
     """The numbers of a cache, finished or not; an unfinished one counts the shards it has.
 
     Raises:
@@ -81,7 +81,7 @@ def describe(cache_dir: Path) -> dict[str, Any]:
         "tokenizer": {"fingerprint": plan.tokenizer.fingerprint, "vocab_size": plan.tokenizer.vocab_size},
         "dataset": plan.dataset.model_dump(),
         "responses": plan.responses.model_dump() if plan.responses else None,
-        "lookups": describe_log(CacheReader(cache_dir), None) if complete else NO_LOG,
+        "lookups": describe_log(CacheReader(cache_dir), lookups) if complete else NO_LOG,
         "manifest_sha256": manifest_sha256(cache_dir) if complete else None,
     }
 

@@ -7,19 +7,22 @@ from typing import Any
 
 from cache_schema.compaction import compact
 from cache_schema.errors import CacheError
-from cache_schema.lookups import LookupLog, lookups_dir
+from cache_schema.lookup_files import LookupReceipt
+from cache_schema.lookups import LookupLog, lookups_dir, receipt_path
 from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.storage import sha256_of
 from pipeline.progress import progress_bar
 from workers.errors import InputError
-from workers.lookup.opening import head_path
 
-NO_LOG: dict[str, Any] = {"pairs": 0, "sequences": 0, "files": 0, "bytes": 0}
+NO_LOG: dict[str, Any] = {
+    "pairs": 0, "sequences": 0, "sequences_with_hidden_states": 0, "files": 0, "bytes": 0
+}  # fmt: skip
 
 
 def describe_log(reader: CacheReader, elsewhere: Path | None) -> dict[str, Any]:
-    """``pairs``: (position, token id) pairs that the log answers; hidden states answer every id."""
+    """What is logged. ``pairs`` are (position, token id) pairs that the log answers: hidden states answer every id; an
+    answer that stands in several files counts in each until they are folded."""
     log = LookupLog(reader, [lookups_dir(reader, elsewhere)])
     receipts = log.files().values()
     hidden = {
@@ -32,35 +35,40 @@ def describe_log(reader: CacheReader, elsewhere: Path | None) -> dict[str, Any]:
     return {
         "pairs": sum(hidden.values()) * reader.plan.tokenizer.vocab_size + sum(r.num_pairs for r in receipts),
         "sequences": len(hidden.keys() | answered),
+        "sequences_with_hidden_states": len(hidden),
         "files": len(receipts),
         "bytes": sum(receipt.file.num_bytes for receipt in receipts),
     }
 
 
-def faults_in_log(reader: CacheReader) -> Iterator[tuple[str, str]]:
-    """Every damaged file of the log inside the cache, with what is wrong."""
+def faults_in_log(reader: CacheReader, elsewhere: Path | None) -> Iterator[tuple[str, str]]:
+    """Every damaged file of a log, with what is wrong; files that a compaction folds meanwhile are passed over."""
+    log_dir = lookups_dir(reader, elsewhere)
     try:
-        log = LookupLog(reader, [lookups_dir(reader)])
+        log = LookupLog(reader, [log_dir])
     except CacheError as error:
-        yield lookups_dir(reader).name, str(error)
+        yield log_dir.name, str(error)
         return
-    heads, head = {receipt.lm_head_sha256 for receipt in log.files().values()} - {None}, head_path(reader, log)
+    heads, head = log.lm_head_hashes, log.lm_head_path
     if heads and head is None:
-        yield f"{lookups_dir(reader).name}/{LM_HEAD_NAME}", "it is missing"
+        yield f"{log_dir.name}/{LM_HEAD_NAME}", "it is missing"
     elif heads and head is not None and heads != {sha256_of(head)}:
-        yield head.relative_to(reader.cache_dir).as_posix(), "its SHA-256 is not that of the logged files' receipts"
+        yield f"{head.parent.name}/{head.name}", "its SHA-256 is not that of the logged files' receipts"
     for path, receipt in log.files().items():
-        name = path.relative_to(reader.cache_dir).as_posix()
-        if not path.exists():
-            yield name, "it is missing"
-        elif sha256_of(path) != receipt.file.sha256:
-            yield name, "its SHA-256 is not its receipt's"
-        else:
-            try:
-                for index in receipt.indexes:
-                    _ = log.hidden_states(index) if receipt.kind == "hidden" else log.logits(index)
-            except CacheError as error:
-                yield name, str(error)
+        reason = _fault(log, path, receipt)
+        if reason and receipt_path(path).exists():
+            yield path.relative_to(log_dir.parent).as_posix(), reason
+
+
+def _fault(log: LookupLog, path: Path, receipt: LookupReceipt) -> str | None:
+    try:
+        if sha256_of(path) != receipt.file.sha256:
+            return "its SHA-256 is not its receipt's"
+        for _ in log.rows(path):
+            pass
+    except CacheError as error:
+        return str(error) if path.exists() else "it is missing"
+    return None
 
 
 def compact_log(cache_dir: Path, elsewhere: Path | None) -> dict[str, Any]:

@@ -13,6 +13,9 @@ Settings = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default an accelerator if there is one.")]
+LogAt = Annotated[
+    Path | None, typer.Option("--lookups", help="The lookup log in this directory, not the one in the cache.")
+]
 CacheAt = Annotated[str, typer.Argument(metavar="CACHE", help="A cache directory, or its URI.", show_default=False)]
 
 

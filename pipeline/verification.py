@@ -17,7 +17,7 @@ from workers.teacher.lm_head import load_head
 _RECOMPUTED_SEQUENCES = 16
 
 
-def verify_cache(cache_dir: Path) -> dict[str, Any]:
+def verify_cache(cache_dir: Path, lookups: Path | None = None) -> dict[str, Any]:
     """Every hash and row; and, with hidden states, a sample of the top-k made again from them and the head."""
     with progress_bar("verifying") as progress:
         report = verify(cache_dir, progress)
@@ -33,7 +33,7 @@ def verify_cache(cache_dir: Path) -> dict[str, Any]:
                 except CacheError as error:
                     errors.append({"file": LM_HEAD_NAME, "reason": str(error)})
                 progress(recomputed, recomputed)
-        errors += [{"file": file, "reason": reason} for file, reason in faults_in_log(reader)]
+        errors += [{"file": file, "reason": reason} for file, reason in faults_in_log(reader, lookups)]
     return {
         "ok": not errors,
         "checked_bytes": report.checked_bytes,

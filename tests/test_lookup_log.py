@@ -1,6 +1,7 @@
 """The lookup log on disk: what is written is read back by whoever looks, whatever else happens to the log meanwhile."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from cache_schema import compaction
 from cache_schema.compaction import compact
 from cache_schema.errors import CacheCorruptError, CacheMismatchError, StorageError
 from cache_schema.lookup_files import LoggedLogits
-from cache_schema.lookups import LookupLog, LookupWriter, lookups_dir
+from cache_schema.lookups import LookupLog, LookupWriter, lookups_dir, machine_mark
 from cache_schema.manifest import FORMAT_VERSION
 from cache_schema.reader import CacheReader
 from tests.caches import content, flip_bit, make_plan, make_scoreds, write_cache
@@ -445,7 +446,7 @@ def test_a_compaction_removes_what_killed_writers_left_and_nothing_of_living_one
     (dead / "000001.json").unlink()  # killed before the receipt
     (dead / ".000002.hidden.parquet.0123abcd.tmp").write_bytes(b"half")
     (dead / "lm_head.safetensors").write_bytes(b"whole")  # killed before it was moved to its place
-    emptied = log_dir / "0123456789abcdef"
+    emptied = log_dir / f"{machine_mark()}456789abcdef"
     emptied.mkdir()
     living = LookupWriter(log_dir, reader.manifest_sha256, HEAD_SHA256)
     being_written = living.directory / ".000000.hidden.parquet.4567cdef.tmp"
@@ -460,6 +461,31 @@ def test_a_compaction_removes_what_killed_writers_left_and_nothing_of_living_one
     living.write("hidden", [row_of(reader, 2, states_of(reader, 2))])
     living.close()
     assert_holds_hidden(reader, LookupLog(reader, [log_dir]), [2, 3])
+
+
+def test_hidden_states_of_two_heads_are_not_folded_together(reader, log_dir):
+    log_hidden(reader, log_dir, [3])
+    other = LookupWriter(log_dir, reader.manifest_sha256, "e" * 64)
+    other.write("hidden", [row_of(reader, 2, states_of(reader, 2))])
+    other.close()
+    before = content(log_dir)
+    with pytest.raises(CacheCorruptError, match="several LM heads"):
+        compact(reader, log_dir)
+    assert content(log_dir) == before
+
+
+def test_what_another_machine_s_writer_left_is_removed_after_a_day(reader, log_dir):
+    """Its lock need not show on this machine, so that it may be alive."""
+    log_hidden(reader, log_dir, [3])
+    elsewhere = log_dir / f"{int(machine_mark(), 16) ^ 1:04x}456789abcdef"
+    elsewhere.mkdir()
+    (elsewhere / "000000.hidden.parquet").write_bytes(b"whole")
+    compact(reader, log_dir)
+    assert (elsewhere / "000000.hidden.parquet").exists()
+    yesterday = time.time() - 25 * 60 * 60
+    os.utime(elsewhere, (yesterday, yesterday))
+    compact(reader, log_dir)
+    assert not elsewhere.exists()
 
 
 def test_a_compaction_folds_the_files_of_a_writer_that_writes_on(reader, log_dir):

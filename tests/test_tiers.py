@@ -1,6 +1,7 @@
 """Every tier of the ladder, alone and mixed, against the rows of the teacher itself."""
 
 import dataclasses
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from workers.lookup.ladder import TIERS, Ladder
 from workers.lookup.live import LiveTeacher
 from workers.lookup.opening import Asked, open_ladders, source_of_misses
 from workers.lookup.states import TeacherStates
+from workers.lookup.stored import stored_head
 from workers.ordering import exact_top_k
 from workers.teacher import lm_head
 from workers.teacher.lm_head import load_head, save_head
@@ -507,7 +509,7 @@ def test_a_head_that_is_gone_is_written_again_by_a_run_with_the_teacher(
     head = lookups_dir(reader, tmp_path) / "lm_head.safetensors"
     whole = head.read_bytes()
     head.unlink()
-    with pytest.raises(InputError, match="give --teacher"):
+    with pytest.raises(CacheCorruptError, match=r"lm_head.safetensors is gone.*give --teacher"):
         ask(open_ladder(reader), reader)
     ladder = open_ladder(reader, teacher_dir)
     assert head.read_bytes() == whole
@@ -587,3 +589,35 @@ def test_single_pairs_of_half_precision_are_accumulated_in_float32_both_ways(mon
         np.testing.assert_allclose(
             head.logits_of_pairs(hidden, rows, ids).numpy(), expected[rows, ids], rtol=1e-5, atol=1e-5
         )
+
+
+def test_a_log_elsewhere_has_its_head_though_the_cache_has_one_in_its_own_log(
+    reader, teacher_dir, open_ladder, tmp_path
+):
+    """The directory may serve another copy of the cache, which has no log of its own."""
+    own = lookups_dir(reader)
+    try:
+        ask(open_ladder(reader, teacher_dir, dir=None), reader, [0])
+        assert (own / "lm_head.safetensors").exists()
+        ask(open_ladder(reader, teacher_dir), reader, [0, 1])
+        assert (lookups_dir(reader, tmp_path) / "lm_head.safetensors").exists()
+    finally:
+        open_ladder.close()
+        shutil.rmtree(own)
+    ladder = open_ladder(reader, on_miss="bound")
+    ask(ladder, reader, [0, 1])
+    logged = other_pairs(reader, [1])  # sequence 0 was in the cache's own log, and was not asked for again
+    assert ladder.take_counts() == counts(
+        cached=cached_pairs(reader, [0, 1]), logged=logged, bound=other_pairs(reader, [0])
+    )
+
+
+def test_whole_rows_come_to_the_positions_device_wherever_the_head_is(reader_with_states):
+    """``meta`` stands for a device other than the student's: it computes shapes alone."""
+    head = stored_head(reader_with_states, CPU)
+    elsewhere = Ladder(TeacherStates(reader_with_states, head.to(torch.device("meta"))))
+    positions = positions_of(reader_with_states, indexes=[0, 1])
+    moved = dataclasses.replace(positions, labels_N=positions.labels_N.to("meta"))
+    assert elsewhere.rows(moved, slice(0, 2)).device.type == "meta"
+    with pytest.raises(NotImplementedError, match="meta"):  # the copy to the CPU is what cannot be done
+        elsewhere.rows(positions, slice(0, 2))

@@ -16,7 +16,7 @@ from workers.tokenizers import check_same_vocabulary, load_tokenizer
 
 
 def check(config: DistillConfig) -> list[CacheReader]:
-    """Open the caches and refuse, from files alone, what cannot be trained from them.
+    """Open the caches, fetching what is remote, and refuse without loading a model what cannot be trained from them.
 
     Raises:
         CacheError, InputError: says what does not fit, and how to mend it.
@@ -135,5 +135,13 @@ def _check_context(student: str, reader: CacheReader) -> None:
 def _check_teacher(config: DistillConfig, teacher: str, readers: list[CacheReader]) -> None:
     """It must be that of every cache it would be run for; where it is run for none, that of the first."""
     asked = asked_of(config)
-    for reader in [reader for reader in readers if source_of_misses(reader, asked) == "live"] or readers[:1]:
+    live = [reader for reader in readers if source_of_misses(reader, asked) == "live"]
+    for reader in live or readers[:1]:
         require_same_teacher(reader, identity_of(teacher, reader.plan.teacher.dtype))
+    for reader in live[1:]:
+        if reader.plan.teacher.dtype != live[0].plan.teacher.dtype:
+            raise CacheMismatchError(
+                f"{reader.cache_dir} was dumped in {reader.plan.teacher.dtype}, {live[0].cache_dir} in "
+                f"{live[0].plan.teacher.dtype}: one run has one live teacher. Train on them one after the other, or "
+                f"dump one of them again."
+            )

@@ -3,7 +3,7 @@
 Each time the teacher runs on a sequence, its logits at the ids the student asked for, and at those the student ranks
 highest at every position, are written back. What is not among them costs another teacher forward of the sequence.
 
-Shape suffixes: N = positions, Q = missing pairs, L = logged ids per position (padded), F = ids fetched ahead.
+Shape suffixes: N = positions, Q = missing pairs, L = logged pairs, F = ids fetched ahead, D = hidden size.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,6 @@ from cache_schema.lookup_files import LoggedLogits
 from cache_schema.lookups import LookupLog, LookupWriter
 from cache_schema.reader import CacheReader
 from workers.lookup.batch import TeacherPositions
-from workers.ordering import find_ids
 from workers.teacher.lm_head import LMHead
 
 
@@ -38,38 +37,33 @@ class AnswerLog:
     def is_written(self) -> bool:
         return self._writer is not None
 
-    def find(self, positions: TeacherPositions, rows_Q: Tensor, ids_Q: Tensor) -> tuple[Tensor, Tensor]:
-        """What the log answers of the pairs: which, bool [Q], and all their logits, 0 where it does not. float32 [Q]"""
-        table = self._table(positions)
-        if table is None:
-            return torch.zeros_like(rows_Q, dtype=torch.bool), torch.zeros(len(rows_Q), device=rows_Q.device)
-        ids_NL, logits_NL = table
-        found_Q1, logits_Q1 = find_ids(ids_NL[rows_Q], logits_NL[rows_Q], ids_Q.unsqueeze(1))
-        return found_Q1.squeeze(1), logits_Q1.squeeze(1)
+    def refresh(self) -> None:
+        """See what other runs have logged since."""
+        self._log.refresh()
 
-    def _table(self, positions: TeacherPositions) -> tuple[Tensor, Tensor] | None:
-        """Logged ids and logits by position, padded with -1: its rows are those of ``positions``. [N, L] each"""
-        ids, logits, counts = [], [], []
+    def find(self, positions: TeacherPositions, rows_Q: Tensor, ids_Q: Tensor) -> tuple[Tensor, Tensor]:
+        """What the log answers of the pairs: logits, any where it does not, float32 [Q]; and where it does, bool [Q]"""
+        keys_L, logits_L = self._logged(positions)
+        if len(keys_L) == 0:
+            return torch.zeros(len(rows_Q), device=rows_Q.device), torch.zeros_like(rows_Q, dtype=torch.bool)
+        wanted_Q = rows_Q * self._reader.plan.tokenizer.vocab_size + ids_Q
+        place_Q = torch.searchsorted(keys_L, wanted_Q).clamp_(max=len(keys_L) - 1)
+        return logits_L[place_Q], keys_L[place_Q] == wanted_Q
+
+    def _logged(self, positions: TeacherPositions) -> tuple[Tensor, Tensor]:
+        """All that is logged of the positions: row * V + id, ascending, and the logit. [L] each"""
+        keys, logits, first = [np.empty(0, np.int64)], [np.empty(0, np.float32)], 0
         for member in positions.members:
             logged = self._log.logits(member.index)
-            if logged is None:
-                counts.append(np.zeros(len(member.stored_rows), dtype=np.int64))
-                continue
-            ends = np.cumsum(logged.counts)
-            for row in member.stored_rows.tolist():
-                part = slice(ends[row] - logged.counts[row], ends[row])
-                ids.append(logged.token_ids[part])
-                logits.append(logged.logits[part])
-            counts.append(logged.counts[member.stored_rows.numpy()].astype(np.int64))
-        counts_N = np.concatenate(counts)
-        if not counts_N.any():
-            return None
-        place = np.arange(counts_N.max()) < counts_N[:, None]
-        ids_NL = np.full(place.shape, -1, dtype=np.int64)
-        logits_NL = np.zeros(place.shape, dtype=np.float32)
-        ids_NL[place], logits_NL[place] = np.concatenate(ids), np.concatenate(logits)
+            if logged is not None:
+                row_of_P = np.full(len(logged.counts), -1)
+                row_of_P[member.stored_rows.numpy()] = first + np.arange(len(member.stored_rows))
+                rows = np.repeat(row_of_P, logged.counts).astype(np.int64)
+                keys.append((rows * self._reader.plan.tokenizer.vocab_size + logged.token_ids)[rows >= 0])
+                logits.append(logged.logits[rows >= 0])
+            first += len(member.stored_rows)
         device = positions.token_ids_NK.device
-        return torch.from_numpy(ids_NL).to(device), torch.from_numpy(logits_NL).to(device)
+        return torch.from_numpy(np.concatenate(keys)).to(device), torch.from_numpy(np.concatenate(logits)).to(device)
 
     def keep(
         self,
@@ -85,7 +79,7 @@ class AnswerLog:
 
         Args:
             sequences: rows of the batch the teacher has just run on.
-            hidden_ND: its hidden states there; other rows are not read.
+            hidden_ND: its hidden states there; what other rows hold does not matter.
         """
         assert self._writer is not None
         device = hidden_ND.device

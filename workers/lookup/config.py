@@ -18,6 +18,8 @@ class LookupConfig(BaseModel):
     fetch_ahead: int = Field(64, ge=0)
     """With ``log = "logits"``: at every position of a sequence, this many of the student's highest ids are answered at
     once."""
+    tokens_per_batch: int | None = Field(None, ge=1)
+    """Padded tokens a live teacher reads at once; None is as many as at the dump."""
     head_device: str = "auto"
     """Where the teacher's LM head answers; auto is the student's device, or the CPU, memory-mapped, where the head
     would take more than a quarter of its free memory."""

@@ -49,6 +49,8 @@ class Ladder:
 
     def expect(self, indexes: Iterable[int]) -> None:
         """Begin a step over these sequences: a teacher that has to be run for one is run for all it will be asked."""
+        if self._answers is not None:
+            self._answers.refresh()  # other runs may have logged more
         if self._states is not None:
             self._states.expect(indexes)
 
@@ -95,7 +97,8 @@ class Ladder:
         if None in held:
             raise InputError("a loss needs the teacher's whole rows, and the run has neither hidden states nor teacher")
         with torch.no_grad():
-            return self._head.logits(self._assemble(positions, held)[chunk])
+            rows_CV = self._head.logits(self._assemble(positions, held)[chunk])
+        return rows_CV.to(positions.labels_N.device)
 
     def take_counts(self) -> tuple[dict[str, int], int]:
         """Pairs answered per tier and teacher forwards since the last call. Synchronises the device."""
@@ -130,7 +133,7 @@ class Ladder:
     ) -> Answer | None:
         if self._answers is None:
             return None
-        which_Q, logits_Q = self._answers.find(positions, rows_Q, ids_Q)
+        logits_Q, which_Q = self._answers.find(positions, rows_Q, ids_Q)
         self._count("logged", which_Q.sum())
         return logits_Q, which_Q
 

@@ -17,14 +17,18 @@ from workers.teacher.teacher import Teacher
 class LiveTeacher:
     """Runs the teacher that made a cache on whole sequences of it.
 
+    Args:
+        tokens_per_batch: padded tokens it reads at once; None is as many as at the dump.
+
     Raises:
         CacheMismatchError: it is another teacher, by its files or by its logits.
     """
 
-    def __init__(self, reader: CacheReader, teacher: Teacher) -> None:
+    def __init__(self, reader: CacheReader, teacher: Teacher, tokens_per_batch: int | None = None) -> None:
         require_same_teacher(reader, teacher.identity)
         self._reader = reader
         self._teacher = teacher
+        self._tokens_per_batch = tokens_per_batch or reader.plan.engine.tokens_per_batch
         self._checked = False
         self.forwards = 0
         """Sequences run so far."""
@@ -34,7 +38,7 @@ class LiveTeacher:
         plan = self._reader.plan
         index_of = {self._reader[index].sequence: index for index in indexes}
         found: dict[int, Tensor] = {}
-        for batch in batches(list(index_of), plan.engine.tokens_per_batch):
+        for batch in batches(list(index_of), self._tokens_per_batch):
             states = self._teacher.hidden_states(batch, plan.positions)
             if not self._checked:  # what the teacher says now is what the cache holds of it
                 self._require_stored_logits(index_of[batch[0]], states[0])

@@ -1,0 +1,88 @@
+"""The LM head above hidden states that a live teacher gave: where it answers, where it is kept, that it is the one."""
+
+import numpy as np
+import torch
+
+from cache_schema.errors import CacheCorruptError
+from cache_schema.lookups import LookupLog, LookupWriter
+from cache_schema.manifest import LM_HEAD_NAME
+from cache_schema.reader import CacheReader
+from cache_schema.storage import flush, refused, sha256_of
+from workers.device import resolve_device
+from workers.lookup.live import off_stored_logits
+from workers.lookup.states import from_bits
+from workers.teacher.lm_head import LMHead, load_head, save_head
+
+_CHECKED_SEQUENCES = 4
+_FREE_MEMORY_SHARE = 4
+
+
+def head_device(choice: str, device: torch.device, num_bytes: int) -> torch.device:
+    """Where a head of so many bytes answers a student on ``device``; see ``LookupConfig.head_device``."""
+    if choice != "auto":
+        return resolve_device(choice)
+    if device.type == "cuda" and num_bytes > torch.cuda.mem_get_info(device)[0] // _FREE_MEMORY_SHARE:
+        return torch.device("cpu")
+    return device
+
+
+def publish_head(reader: CacheReader, head: LMHead, writer: LookupWriter) -> str:
+    """Hash of the head that ``writer``'s hidden states belong to; written beside its log if the cache has none."""
+    path = reader.lm_head_path
+    if not (reader.plan.hidden_states and path.exists()):
+        path = writer.directory.parent / LM_HEAD_NAME
+    if not path.exists():
+        # Made in the writer's own directory, where a compaction finds what a killed run leaves half-written.
+        made = writer.directory / LM_HEAD_NAME
+        save_head(head, made)
+        try:
+            made.replace(path)
+            flush(path.parent)
+        except OSError as error:
+            raise refused(path, error) from error
+    return sha256_of(path)
+
+
+def logged_head(reader: CacheReader, log: LookupLog, choice: str, device: torch.device) -> LMHead | None:
+    """The head above the log's hidden states; None where the log has none.
+
+    Raises:
+        CacheCorruptError: the log has hidden states but no head, or another one.
+    """
+    if not log.lm_head_hashes:
+        return None
+    path = log.lm_head_path
+    if path is None:
+        raise CacheCorruptError(
+            f"{log.directories[0]} holds hidden states, and their {LM_HEAD_NAME} is gone: restore it, or give "
+            f"--teacher, which writes it again."
+        )
+    head = load_head(path, head_device(choice, device, path.stat().st_size))
+    require_head_of_log(reader, log, head, sha256_of(path))
+    return head
+
+
+def require_head_of_log(reader: CacheReader, log: LookupLog, head: LMHead, sha256: str) -> None:
+    """Refuse a head that is not the one the log was written with, by its hash and by what it makes of a few states.
+
+    Raises:
+        CacheCorruptError: says what to delete.
+    """
+    cure = "Restore it, or delete the log: runs with --teacher write it again."
+    if log.lm_head_hashes - {sha256}:
+        raise CacheCorruptError(
+            f"{log.lm_head_path} is not the head that the log was written with: its SHA-256 differs. {cure}"
+        )
+    logged = [index for receipt in log.files().values() if receipt.kind == "hidden" for index in receipt.indexes]
+    for place in np.unique(np.linspace(0, len(logged) - 1, min(_CHECKED_SEQUENCES, len(logged)), dtype=int)).tolist():
+        states = log.hidden_states(logged[place])
+        if states is None:  # folded this instant into a file that was not looked at
+            continue
+        hidden_PD = from_bits(states, reader.plan.teacher.dtype)
+        difference, tolerance = off_stored_logits(reader, logged[place], hidden_PD, head)
+        if not difference <= tolerance:
+            raise CacheCorruptError(
+                f"{log.lm_head_path} does not belong to the log beside it: recomputed logits of sequence "
+                f"{logged[place]} differ from the stored ones by {difference:.3g} (rounding explains {tolerance:.2g}). "
+                f"{cure}"
+            )
