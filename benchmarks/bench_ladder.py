@@ -74,9 +74,8 @@ def main() -> None:
                 counts[tier] += pairs
     ratios = [ladder / flat for ladder, flat in zip(seconds["ladder"][1:], seconds["dense"][1:], strict=True)]
     median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    print(
-        f"{options.steps} steps of 8 sequences, {options.dtype}, k = 8, K = 64; pairs { {t: n for t, n in counts.items() if n} }"
-    )
+    pairs = {tier: number for tier, number in counts.items() if number}
+    print(f"{options.steps} steps of 8 sequences, {options.dtype}, k = 8, K = 64; pairs {pairs}")
     print(f"ladder {median['ladder']:.3f} s a step, dense logits in memory {median['dense']:.3f} s")
     print(f"ladder / dense, step by step: median {statistics.median(ratios):.3f}")
 

@@ -1,4 +1,4 @@
-"""What the teacher costs three students of three epochs each that share one cache: passes, counted sequence by sequence.
+"""What the teacher costs three students of three epochs each that share one cache, counted sequence by sequence.
 
 Two of the students train at the same time, the third after them. Once with hidden states in the cache, once without and
 with a live teacher whose hidden states are logged, and with a log of answers at several fetch-aheads.

@@ -32,7 +32,8 @@ def dump(name: str, data: Path, rows: int, *options: str) -> Path:
     cache = OUT / "caches" / name
     answers = ["--responses", "teacher", "--set", "responses.max_new_tokens=64"] if data == PROMPTS else []
     pipeline(
-        "teacher-dump", "--teacher", fetch_teacher(), "--data", data, "--limit", rows, "--out", cache, *answers, *options
+        "teacher-dump", "--teacher", fetch_teacher(), "--data", data, "--limit", rows, "--out", cache,
+        *answers, *options,
     )  # fmt: skip
     return cache
 

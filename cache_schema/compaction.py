@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache_schema.errors import CacheCorruptError, StorageError
+from cache_schema.errors import StorageError
 from cache_schema.lookup_files import Kind, LogRow
-from cache_schema.lookups import LookupLog, LookupWriter, machine_mark, receipt_path
+from cache_schema.lookups import LookupLog, LookupWriter, machine_mark, receipt_path, writers_in
 from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.storage import exclusive, flush, is_leftover, refused
@@ -54,11 +54,7 @@ def compact(
         indexes = {kind: sorted({i for path in paths for i in before[path].indexes}) for kind, paths in sources.items()}
         total = sum(map(len, indexes.values()))
         done = 0
-        if len(log.lm_head_hashes) > 1:
-            raise CacheCorruptError(
-                f"{log_dir} holds hidden states of several LM heads: it was not written for one teacher. Delete it; "
-                f"runs with --teacher write it again."
-            )
+        log.require_one_head()
         for kind, paths in sources.items():
             if not paths:
                 continue
@@ -123,7 +119,7 @@ def _sweep(log_dir: Path) -> None:
 
     A living writer's directory is locked; one of another machine, whose lock need not show here, is left for a day.
     """
-    for directory in [path for path in log_dir.iterdir() if path.is_dir() and not path.is_symlink()]:
+    for directory in writers_in(log_dir):
         if not directory.name.startswith(machine_mark()) and time.time() - directory.stat().st_mtime < _A_DAY:
             continue
         with suppress(StorageError), exclusive(directory):

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import model_validator
 
 from cache_schema.encoding import HIDDEN_COLUMN, hidden_schema
 from cache_schema.errors import CacheCorruptError
@@ -50,6 +51,16 @@ class LookupReceipt(Stored):
     num_pairs: int
     """Logits the file holds; 0 for hidden states."""
     file: StoredFile
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LookupReceipt":
+        if not len(self.indexes) == len(self.num_positions) > 0:
+            raise ValueError("indexes and num_positions must name the same sequences, one at least")
+        if min(self.num_positions) < 1 or self.num_pairs < 0:
+            raise ValueError("num_positions must be above 0 and num_pairs not below")
+        if (self.kind == "hidden") != (self.hidden_size > 0 and self.lm_head_sha256 is not None):
+            raise ValueError("hidden states, and they alone, have a hidden_size and an lm_head_sha256")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,18 +183,26 @@ def _writer(path: Path, temporary: Path, kind: Kind) -> Iterator[pq.ParquetWrite
 
 
 def read_log_row(
-    file: pq.ParquetFile, path: Path, receipt: LookupReceipt, row: int, sequence_id: bytes, dtype: np.dtype[Any]
+    file: pq.ParquetFile,
+    path: Path,
+    receipt: LookupReceipt,
+    row: int,
+    sequence_id: bytes,
+    num_positions: int,
+    dtype: np.dtype[Any],
 ) -> npt.NDArray[Any] | LoggedLogits:
     """One sequence of an open file of the log.
 
     Args:
+        num_positions: as the cache has it.
         dtype: of hidden states; bfloat16 as uint16.
 
     Raises:
         CacheCorruptError: the bytes are damaged, or another sequence's.
     """
-    num_positions = receipt.num_positions[row]
     try:
+        if receipt.num_positions[row] != num_positions:
+            raise ValueError(f"its receipt gives row {row} {receipt.num_positions[row]} positions, not {num_positions}")
         table = file.read_row_group(row, use_threads=False)
         table.validate()
         if not table.schema.equals(schema_of(receipt.kind)) or table.num_rows != 1:

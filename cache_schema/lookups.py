@@ -4,10 +4,11 @@ The index is 8 bytes for each sequence of the cache, and what the receipts say; 
 """
 
 import hashlib
+import re
 import secrets
 import socket
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Set
 from contextlib import ExitStack
 from pathlib import Path
@@ -35,6 +36,7 @@ from cache_schema.reader import CacheReader
 from cache_schema.storage import exclusive
 
 _FILES_KEPT = 64
+_WRITER = re.compile("[0-9a-f]{16}")
 _MOST_LOOKS = 100
 _SETTLED_NS = 2 * 10**9
 
@@ -47,6 +49,11 @@ def receipt_path(file: Path) -> Path:
 def machine_mark() -> str:
     """Four hex digits that the directories of this machine's writers begin with."""
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]
+
+
+def writers_in(log_dir: Path) -> list[Path]:
+    """Their directories; what has another name than a writer's is not the log's."""
+    return [path for path in _listed(log_dir) if _WRITER.fullmatch(path.name) and not path.is_symlink()]
 
 
 def lookups_dir(reader: CacheReader, elsewhere: Path | None = None) -> Path:
@@ -100,9 +107,26 @@ class LookupLog:
         return next((path for path in [*own, *beside] if path.exists()), None)
 
     @property
-    def lm_head_hashes(self) -> set[str]:
-        """Of the heads that the logged hidden states belong to: one, or the log is no log."""
-        return {receipt.lm_head_sha256 or "" for _, receipt in self._receipts.values() if receipt.kind == "hidden"}
+    def lm_head_sha256(self) -> str | None:
+        """Of the head that most of the logged hidden states belong to; None where there are none."""
+        counts = Counter[str]()
+        for _, receipt in self._receipts.values():
+            if receipt.lm_head_sha256 is not None:
+                counts[receipt.lm_head_sha256] += len(receipt.indexes)
+        return max(counts, key=lambda sha256: (counts[sha256], sha256)) if counts else None
+
+    def require_one_head(self) -> None:
+        """Refuse hidden states of several heads.
+
+        Raises:
+            CacheCorruptError: names a receipt whose head is not that of most.
+        """
+        for path, (_, receipt) in self._receipts.items():
+            if receipt.kind == "hidden" and receipt.lm_head_sha256 != self.lm_head_sha256:
+                raise CacheCorruptError(
+                    f"{path} is damaged: its hidden states belong to another LM head than most of the log's. Delete it "
+                    f"together with {receipt.file.name}: a run with --teacher asks again for what it held."
+                )
 
     def refresh(self) -> None:
         """Look at the directories again; those that have not changed since are not listed."""
@@ -126,7 +150,7 @@ class LookupLog:
             except FileNotFoundError:
                 vanished = True
             except CacheCorruptError as error:
-                raise corrupt(path, f"it is no receipt ({error})") from error
+                raise _no_receipt(path, error) from error
             else:
                 self._add(path, receipt)
         return bool(gone) or vanished
@@ -134,7 +158,7 @@ class LookupLog:
     def _receipts_in(self, log_dir: Path) -> list[Path]:
         """Those of every writer; a directory that goes away meanwhile, with its writer or a compaction, has none."""
         found: list[Path] = []
-        for directory in _listed(log_dir):
+        for directory in writers_in(log_dir):
             changed, receipts = self._listings.get(directory, (0, []))
             try:
                 now = directory.stat().st_mtime_ns
@@ -150,11 +174,11 @@ class LookupLog:
     def _add(self, path: Path, receipt: LookupReceipt) -> None:
         if receipt.manifest_sha256 != self._reader.manifest_sha256:
             raise CacheMismatchError(
-                f"{path.parent.parent} is the lookup log of another cache than {self._reader.cache_dir}: delete it, or "
-                f"give another --lookups."
+                f"{path} is of the lookup log of another cache than {self._reader.cache_dir}: delete it with the file "
+                f"beside it, or, if all of {path.parent.parent} came from there, all of it."
             )
         if receipt.indexes and not 0 <= min(receipt.indexes) <= max(receipt.indexes) < len(self._reader):
-            raise corrupt(path, f"it names a sequence outside the {len(self._reader)} of the cache")
+            raise _no_receipt(path, f"it names a sequence outside the {len(self._reader)} of the cache")
         self._num_seen += 1
         self._receipts[path] = (self._num_seen, receipt)
         self._files[self._num_seen] = (path.parent / receipt.file.name, receipt)
@@ -228,8 +252,9 @@ class LookupLog:
             path, receipt = self._files[number]
             try:
                 file = self._opened(number, path, receipt)
-                sequence_id = self._reader[index].sequence.sequence_id
-                return read_log_row(file, path, receipt, row, sequence_id, self._dtype)
+                scored = self._reader[index]
+                sequence_id, num_positions = scored.sequence.sequence_id, scored.rows.num_positions
+                return read_log_row(file, path, receipt, row, sequence_id, num_positions, self._dtype)
             except (FileNotFoundError, CacheCorruptError) as error:
                 # Gone, or gone behind an open handle, as on a network file system; a receipt goes before its file.
                 self._open.pop(number, None)
@@ -258,7 +283,7 @@ def _open(path: Path, receipt: LookupReceipt) -> pq.ParquetFile:
     if path.stat().st_size != receipt.file.num_bytes:
         raise corrupt(path, f"it has {path.stat().st_size:,} bytes, its receipt says {receipt.file.num_bytes:,}")
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+        file = pq.ParquetFile(path.absolute(), page_checksum_verification=True)
     except FileNotFoundError:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -266,6 +291,14 @@ def _open(path: Path, receipt: LookupReceipt) -> pq.ParquetFile:
     if file.metadata.num_row_groups != len(receipt.indexes):
         raise corrupt(path, f"it has {file.metadata.num_row_groups} rows, its receipt says {len(receipt.indexes)}")
     return file
+
+
+def _no_receipt(path: Path, reason: object) -> CacheCorruptError:
+    return CacheCorruptError(
+        f"{path} is no receipt that this release can use: {str(reason).split(': ', 1)[-1].split('. Restore', 1)[0]}. "
+        f"Delete it with the file of its number beside it, if no newer release wrote it: a run with --teacher asks "
+        f"again for what it held."
+    )
 
 
 class LookupWriter:

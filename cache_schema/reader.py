@@ -205,7 +205,7 @@ class CacheReader(Sequence[ScoredSequence]):
             self._files.move_to_end(name)
             return self._files[name]
         with self._reading(name):
-            file = pq.ParquetFile(self.cache_dir / name, page_checksum_verification=True)
+            file = pq.ParquetFile((self.cache_dir / name).absolute(), page_checksum_verification=True)
         self._files[name] = file
         if len(self._files) > _FILES_KEPT:
             self._files.popitem(last=False)[1].close()

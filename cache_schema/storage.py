@@ -157,7 +157,8 @@ def sha256_of(path: Path) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # Absolute, for pyarrow takes a relative path with a colon in it for a URI.
+    return path.absolute().with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def flush(path: Path) -> None:

@@ -211,7 +211,7 @@ def _hidden_table(scored: ScoredSequence, plan: Plan) -> pa.Table:
 
 def _column_bytes(path: Path) -> dict[str, int]:
     """Compressed bytes of each top-level column, from the file's footer."""
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path.absolute()) as file:
         sizes: dict[str, int] = {}
         for group in range(file.metadata.num_row_groups):
             for index in range(file.metadata.num_columns):

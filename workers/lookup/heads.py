@@ -26,20 +26,24 @@ def head_device(choice: str, device: torch.device, num_bytes: int) -> torch.devi
     return device
 
 
-def publish_head(reader: CacheReader, head: LMHead, writer: LookupWriter) -> str:
-    """Hash of the head that ``writer``'s hidden states belong to; written beside its log if the cache has none."""
-    path = reader.lm_head_path
-    if not (reader.plan.hidden_states and path.exists()):
-        path = writer.directory.parent / LM_HEAD_NAME
-    if not path.exists():
-        # Made in the writer's own directory, where a compaction finds what a killed run leaves half-written.
-        made = writer.directory / LM_HEAD_NAME
-        save_head(head, made)
-        try:
-            made.replace(path)
-            flush(path.parent)
-        except OSError as error:
-            raise refused(path, error) from error
+def publish_head(reader: CacheReader, log: LookupLog, head: LMHead, writer: LookupWriter) -> str:
+    """Hash of the head that ``writer``'s hidden states belong to; written beside its log unless the cache has it.
+
+    One that is there and is not what the log was written with is written again.
+    """
+    if reader.plan.hidden_states and reader.lm_head_path.exists():
+        return sha256_of(reader.lm_head_path)
+    path = writer.directory.parent / LM_HEAD_NAME
+    if path.exists() and log.lm_head_sha256 is not None and sha256_of(path) == log.lm_head_sha256:
+        return log.lm_head_sha256
+    # Made in the writer's own directory, where a compaction finds what a killed run leaves half-written.
+    made = writer.directory / LM_HEAD_NAME
+    save_head(head, made)
+    try:
+        made.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        raise refused(path, error) from error
     return sha256_of(path)
 
 
@@ -47,32 +51,37 @@ def logged_head(reader: CacheReader, log: LookupLog, choice: str, device: torch.
     """The head above the log's hidden states; None where the log has none.
 
     Raises:
-        CacheCorruptError: the log has hidden states but no head, or another one.
+        CacheCorruptError: the log has hidden states but no head, or another one; names the file and the way out.
     """
-    if not log.lm_head_hashes:
+    log.require_one_head()
+    if log.lm_head_sha256 is None:
         return None
     path = log.lm_head_path
     if path is None:
+        raise head_is_gone(log)
+    if sha256_of(path) != log.lm_head_sha256:
         raise CacheCorruptError(
-            f"{log.directories[0]} holds hidden states, and their {LM_HEAD_NAME} is gone: restore it, or give "
-            f"--teacher, which writes it again."
+            f"{path} is not the head that the log was written with: its SHA-256 differs. Restore it, or delete it and "
+            f"give --teacher once, which writes it again."
         )
     head = load_head(path, head_device(choice, device, path.stat().st_size))
-    require_head_of_log(reader, log, head, sha256_of(path))
+    require_head_of_log(reader, log, head)
     return head
 
 
-def require_head_of_log(reader: CacheReader, log: LookupLog, head: LMHead, sha256: str) -> None:
-    """Refuse a head that is not the one the log was written with, by its hash and by what it makes of a few states.
+def head_is_gone(log: LookupLog) -> CacheCorruptError:
+    return CacheCorruptError(
+        f"{log.directories[0] / LM_HEAD_NAME} is gone, and the log beside it holds hidden states of "
+        f"{log.num_with_hidden_states} sequences: restore it, or give --teacher once, which writes it again."
+    )
+
+
+def require_head_of_log(reader: CacheReader, log: LookupLog, head: LMHead) -> None:
+    """Refuse a head that does not make the cache's logits of a few of the log's hidden states.
 
     Raises:
         CacheCorruptError: says what to delete.
     """
-    cure = "Restore it, or delete the log: runs with --teacher write it again."
-    if log.lm_head_hashes - {sha256}:
-        raise CacheCorruptError(
-            f"{log.lm_head_path} is not the head that the log was written with: its SHA-256 differs. {cure}"
-        )
     logged = [index for receipt in log.files().values() if receipt.kind == "hidden" for index in receipt.indexes]
     for place in np.unique(np.linspace(0, len(logged) - 1, min(_CHECKED_SEQUENCES, len(logged)), dtype=int)).tolist():
         states = log.hidden_states(logged[place])
@@ -84,5 +93,5 @@ def require_head_of_log(reader: CacheReader, log: LookupLog, head: LMHead, sha25
             raise CacheCorruptError(
                 f"{log.lm_head_path} does not belong to the log beside it: recomputed logits of sequence "
                 f"{logged[place]} differ from the stored ones by {difference:.3g} (rounding explains {tolerance:.2g}). "
-                f"{cure}"
+                f"Delete the log: runs with --teacher write it again."
             )
