@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.options import CacheAt, ConfigFile, Device, Json, LogAt, Settings, layers_with, required, show
+from pipeline.options import CacheAt, ConfigFile, Device, Json, LogAt, Settings, layers_with, log_at, required, show
 
 
 def estimate(
@@ -148,7 +148,8 @@ def inspect(
         show(shown, json_output, lambda: sequence_in_words(shown))
         return
     cache_dir = at_hand(cache)
-    facts = describe(cache_dir, lookups)
+    log_dir = log_at(lookups)
+    facts = describe(cache_dir, log_dir)
     if not stats:
         show(facts, json_output, lambda: in_words(cache_dir, facts))
         return
@@ -156,7 +157,12 @@ def inspect(
     from pipeline.top_k_words import statistics_in_words
 
     found = statistics(
-        cache_dir, student=student, student_layers=layers, sample_sequences=sample, device_name=device or "auto"
+        cache_dir,
+        student=student,
+        student_layers=layers,
+        sample_sequences=sample,
+        device_name="auto" if device is None else device,
+        lookups=log_dir,
     )
     facts["stats"] = found
     show(facts, json_output, lambda: f"{in_words(cache_dir, facts)}\n{statistics_in_words(facts)}")
@@ -172,7 +178,7 @@ def verify(cache: CacheAt, lookups: LogAt = None, json_output: Json = False) -> 
     from pipeline.words import report_in_words
 
     cache_dir = at_hand(cache)
-    report = verify_cache(cache_dir, lookups)
+    report = verify_cache(cache_dir, log_at(lookups))
     show(report, json_output, lambda: report_in_words(cache_dir, report))
     if not report["ok"]:
         raise typer.Exit(1)
@@ -191,5 +197,5 @@ def compact(
     from pipeline.lookups import compact_log
     from pipeline.words import compaction_in_words
 
-    folded = compact_log(at_hand(cache), lookups)
+    folded = compact_log(at_hand(cache), log_at(lookups))
     show(folded, json_output, lambda: compaction_in_words(folded))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.options import ConfigFile, Device, Json, Settings, layers_of, required, show, weights_of
+from pipeline.options import ConfigFile, Device, Json, Settings, layers_of, log_at, required, show, weights_of
 
 
 def distill(
@@ -90,6 +90,9 @@ def distill(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model folder or hub name.", show_default=False)],
     cache: Annotated[str, typer.Option(help="Held-out cache of the teacher.")],
+    lookups: Annotated[
+        str | None, typer.Option(help="A lookup log in this directory serves for the KL too, as one in the cache does.")
+    ] = None,
     device: Device = None,
     json_output: Json = False,
 ) -> None:
@@ -101,5 +104,5 @@ def evaluate(
     from pipeline.fetching import at_hand
     from pipeline.words import evaluation_in_words
 
-    measured = evaluate_model(model, at_hand(cache), device or "auto")
+    measured = evaluate_model(model, at_hand(cache), "auto" if device is None else device, log_at(lookups))
     show(measured, json_output, lambda: evaluation_in_words(measured))

@@ -1,7 +1,7 @@
 """Merges a TOML file, ``--set`` and flags into one validated config: a flag beats ``--set`` beats the file."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,9 @@ def build_config(model: type[Model], file: Path | None, settings: Sequence[str],
     for key, value in flags.items():
         if value is not None:
             _assign(values, key, value)
+    empty = list(_empty_keys(values))
+    if empty:
+        raise InputError(f"{', '.join(empty)}: the value is empty; give one, or leave it out.")
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -61,6 +64,15 @@ def _assign(values: dict[str, Any], dotted_key: str, value: Any) -> None:
         values[section] = dict(inner) if isinstance(inner, dict) else {"name": inner} if inner is not None else {}
         values = values[section]
     values[key] = value
+
+
+def _empty_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of empty strings: a shell's unset variable, which would else pass for a path."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _empty_keys(value, f"{prefix}{key}.")
+        elif value == "" or (isinstance(value, list | tuple) and "" in value):
+            yield f"{prefix}{key}"
 
 
 def _explain(error: ValidationError) -> str:

@@ -107,8 +107,22 @@ def in_words(cache_dir: Path, facts: dict[str, Any]) -> str:
         f"{_hidden_in_words(facts)}",
         f"  size        {human_bytes(facts['bytes'])}; per position {facts['bytes_per_position']} B ids and logits, "
         f"{facts['scalar_bytes_per_position']} B scalars, {facts['hidden_bytes_per_position']} B hidden states",
+        *_log_in_words(facts),
     ]
     return "\n".join(lines)
+
+
+def _log_in_words(facts: dict[str, Any]) -> list[str]:
+    """A line, if there is a log."""
+    log = facts["lookups"]
+    if log["error"]:
+        return [f"  lookup log  cannot be used: {log['error']}"]
+    if not log["files"]:
+        return []
+    hidden = log["sequences_with_hidden_states"]
+    parts = [f"{hidden:,} of {facts['num_sequences']:,} sequences with hidden states"] if hidden else []
+    parts += [f"answers of {log['answered_pairs']:,} pairs"] if log["answered_pairs"] else []
+    return [f"  lookup log  {', '.join(parts)}, {log['files']:,} files, {human_bytes(log['bytes'])}"]
 
 
 def _hidden_in_words(facts: dict[str, Any]) -> str:

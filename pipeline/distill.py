@@ -12,17 +12,18 @@ import torch
 
 from cache_schema.reader import CacheReader
 from cache_schema.storage import exclusive, publish_directory
+from pipeline.evaluation import measure
 from pipeline.fetching import at_hand
-from pipeline.progress import progress_bar
+from pipeline.progress import progress_bar, say
 from pipeline.run_record import RunRecord
 from workers.device import device_name, resolve_device
 from workers.distill.checkpoint import FOLDER, save_checkpoint
-from workers.distill.checks import asked_of, check
+from workers.distill.checks import asked_of, check, needs_lookups
 from workers.distill.config import DistillConfig
+from workers.distill.order import ORDER_VERSION
 from workers.distill.train import Training, num_steps_of, order_of, prepare
 from workers.errors import InputError
-from workers.evaluate.overlap import evaluate_on_cache
-from workers.lookup.opening import source_of_misses
+from workers.lookup.opening import open_log, source_of_misses
 from workers.teacher.checkpoint import identity_of
 from workers.tokenizers import load_tokenizer
 
@@ -46,6 +47,7 @@ def run(config: DistillConfig, run_dir: Path, *, resume: bool) -> dict[str, Any]
             shutil.rmtree(run_dir / FOLDER, ignore_errors=True)  # where a kill came between the summary and this
             return finished
         record.discard_leftovers()
+        _say_what_is_bounded(config, readers)
         with closing(prepare(config, readers, run_dir, device)) as training:
             before = _evaluate(training, eval_reader) if training.first_step == 0 else record.eval_before()
             record.begin(asked, made_of, before)
@@ -81,6 +83,17 @@ def expected_work(config: DistillConfig, readers: Sequence[CacheReader]) -> dict
     }
 
 
+def _say_what_is_bounded(config: DistillConfig, readers: Sequence[CacheReader]) -> None:
+    """How much of each cache is answered exactly all the same."""
+    for reader in readers if needs_lookups(config) else []:
+        if source_of_misses(reader, asked_of(config)) == "bound":
+            logged, several = open_log(reader, config.lookups).num_with_hidden_states, len(readers) > 1
+            say(
+                f"bound: the log {f'of {reader.cache_dir} ' if several else ''}has hidden states of {logged:,} of "
+                f"{len(reader):,} sequences; other misses get an upper bound"
+            )
+
+
 def _train(training: Training, record: RunRecord, eval_reader: CacheReader | None) -> None:
     config = training.config
     with record.open_metrics(training.first_step) as metrics, progress_bar("distilling") as progress:
@@ -109,8 +122,7 @@ def _eval_reader(config: DistillConfig, reader: CacheReader) -> CacheReader | No
 def _evaluate(training: Training, eval_reader: CacheReader | None) -> dict[str, Any] | None:
     if eval_reader is None:
         return None
-    with progress_bar("evaluating") as progress:
-        measured = evaluate_on_cache(training.student.model, eval_reader, training.device, progress)
+    measured = measure(training.student.model, eval_reader, training.device, training.config.lookups.dir)
     training.student.train()
     return measured
 
@@ -126,6 +138,7 @@ def _made_of(
         "eval_manifest_sha256": eval_reader.manifest_sha256 if eval_reader else None,
         "student_fingerprint": identity_of(config.student, None).fingerprint,
         "loss_parameters": _loss_parameters(config, readers),
+        "order_version": ORDER_VERSION,
         "device": device_name(device),
         "versions": {
             "logit-cache": version("logit-cache"),

@@ -5,22 +5,50 @@ from typing import Any
 
 import torch
 
+from cache_schema.errors import CacheError
 from cache_schema.reader import CacheReader
-from pipeline.progress import progress_bar
+from pipeline.progress import progress_bar, say
 from workers.device import resolve_device
+from workers.errors import InputError
 from workers.evaluate.overlap import evaluate_on_cache
-from workers.teacher.checkpoint import load_model, require_finite, require_plain_head, require_vocabulary
+from workers.lookup.opening import ladder_of_whole_rows
+from workers.teacher.checkpoint import (
+    load_model,
+    model_directory,
+    require_finite,
+    require_plain_head,
+    require_vocabulary,
+)
 from workers.tokenizers import check_same_vocabulary, load_tokenizer
 
 
-def evaluate_model(model: str, cache_dir: Path, device_name: str) -> dict[str, Any]:
-    """overlap@k, KL, top-1 agreement and loss, in float32."""
+def evaluate_model(model: str, cache_dir: Path, device_name: str, lookups: Path | None = None) -> dict[str, Any]:
+    """overlap@k, KL, top-1 agreement and loss, in float32.
+
+    Args:
+        lookups: where the cache's lookup log is, if it is not the one in the cache.
+    """
+    if not model:
+        raise InputError("the model's name is empty: give a model folder or a hub name.")
     reader = CacheReader(cache_dir)
     device = resolve_device(device_name)
+    model_directory(model)
     check_same_vocabulary(load_tokenizer(str(reader.tokenizer_dir)), load_tokenizer(model))
     loaded = load_model(model, torch.float32).to(device)
     require_finite(model, loaded)
     require_vocabulary(loaded, reader.plan.tokenizer.vocab_size)
     require_plain_head(loaded, reader.plan.tokenizer.vocab_size)
+    return measure(loaded, reader, device, str(lookups) if lookups else None)
+
+
+def measure(model: Any, reader: CacheReader, device: torch.device, lookups_dir: str | None) -> dict[str, Any]:
+    """A loaded model against a held-out cache. A log that cannot be read costs the KL and no more."""
+    try:
+        ladder = ladder_of_whole_rows(reader, device, lookups_dir)
+    except (CacheError, OSError) as error:
+        if reader.has_hidden_states:
+            raise
+        say(f"warning: no KL, the lookup log of {reader.cache_dir} cannot be used: {error}")
+        ladder = None
     with progress_bar("evaluating") as progress:
-        return evaluate_on_cache(loaded, reader, device, progress)
+        return evaluate_on_cache(model, reader, ladder, device, progress)

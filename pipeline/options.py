@@ -14,7 +14,7 @@ Settings = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default an accelerator if there is one.")]
 LogAt = Annotated[
-    Path | None, typer.Option("--lookups", help="The lookup log in this directory, not the one in the cache.")
+    str | None, typer.Option("--lookups", help="The lookup log in this directory, not the one in the cache.")
 ]
 CacheAt = Annotated[str, typer.Argument(metavar="CACHE", help="A cache directory, or its URI.", show_default=False)]
 
@@ -33,6 +33,21 @@ def required(value: Path | None, flag: str, what: str) -> Path:
     if value is None:
         raise typer.BadParameter(f"give {what}", param_hint=flag)
     return value
+
+
+def log_at(text: str | None) -> Path | None:
+    """The directory of ``--lookups``.
+
+    Raises:
+        InputError: it is empty, or a URI.
+    """
+    from workers.errors import InputError
+    from workers.lookup.config import local_directory
+
+    try:
+        return None if text is None else Path(local_directory(text))
+    except ValueError as error:
+        raise InputError(f"{error}.") from None
 
 
 def weights_of(text: str | None) -> tuple[float, ...] | None:

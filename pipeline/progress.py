@@ -5,6 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+def say(text: str) -> None:
+    """One line on stderr, beside results and bars."""
+    sys.stderr.write(f"{text}\n")
+
+
 @contextmanager
 def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a function to call with (done, total)."""

@@ -164,6 +164,12 @@ class RunRecord:
         publish_text(self.run_dir / RUN_NAME, json.dumps(document, indent=2) + "\n")
 
     def _require_same(self, stored: dict[str, Any], config: dict[str, Any], made_of: dict[str, Any]) -> None:
+        if stored.get("order_version") != made_of.get("order_version"):
+            release = "an older release" if stored.get("order_version") is None else "another release"
+            raise InputError(
+                f"{self.run_dir} was begun by {release}, which takes the sequences in another order for the same seed: "
+                f"finish it with that release, or begin again in another --out."
+            )
         wanted = json.loads(json.dumps({**config, **made_of}))
         there = {**stored["config"], **{key: stored.get(key) for key in made_of}}
         for key in wanted:
@@ -182,8 +188,9 @@ def _foreign(run_dir: Path) -> Iterator[Path]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not {"config", "summary", "eval_before", "dropped_forwards"} <= document.keys():
+        if not {"config", "summary", "eval_before"} <= document.keys():
             raise ValueError("it is no run's record")
+        document.setdefault("dropped_forwards", {})
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} cannot be read: {error}. Start the run anew in another --out.") from None
     return document

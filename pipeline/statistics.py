@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from cache_schema.errors import CacheCorruptError
+from cache_schema.errors import CacheCorruptError, CacheError
 from cache_schema.manifest import hidden_name, shard_name
 from cache_schema.reader import CacheReader
 from pipeline.progress import progress_bar
@@ -19,7 +19,7 @@ from workers.distill.student import load_student, require_layers
 from workers.errors import InputError
 from workers.evaluate.misses import TOP_KS, Misses, mass_outside, measure_misses
 from workers.lookup.config import LookupConfig
-from workers.lookup.opening import Asked, source_of_misses
+from workers.lookup.opening import Asked, Source, open_log, source_of_misses
 from workers.losses.catalogue import LOSSES
 from workers.teacher.checkpoint import (
     context_length,
@@ -41,8 +41,12 @@ def statistics(
     student_layers: Sequence[int] | None,
     sample_sequences: int,
     device_name: str,
+    lookups: Path | None = None,
 ) -> dict[str, Any]:
     """Bytes by column, exact; the mass outside each K and, given a student, its misses, on a sample of sequences.
+
+    Args:
+        lookups: where the lookup log is, if it is not the one in the cache.
 
     Raises:
         CacheIncompleteError, CacheCorruptError: the cache is not finished, or damaged.
@@ -82,7 +86,7 @@ def statistics(
                 progress=progress,
             )
         facts["misses"] = {"k": min(STUDENT_K, vocab_size), **misses_by_top_k(misses)}
-        facts["one_epoch"] = _one_epoch(reader, sample, misses)
+        facts["one_epoch"] = _one_epoch(reader, sample, misses, lookups)
     return facts
 
 
@@ -101,8 +105,10 @@ def require_student(student: str, layers: Sequence[int] | None, tokenizer: Any, 
     Raises:
         CacheMismatchError, InputError: says what does not fit.
     """
-    check_same_vocabulary(tokenizer, load_tokenizer(student))
+    if not student:
+        raise InputError("--student is empty: give a model folder or a hub name.")
     directory = model_directory(student)
+    check_same_vocabulary(tokenizer, load_tokenizer(student))
     context = context_length(directory)
     if context is not None and context < longest:
         raise InputError(
@@ -160,16 +166,30 @@ def misses_by_top_k(misses: Misses) -> dict[str, Any]:
     }
 
 
-def _one_epoch(reader: CacheReader, sample: Sequence[int], misses: Misses) -> dict[str, Any]:
+def _one_epoch(reader: CacheReader, sample: Sequence[int], misses: Misses, lookups: Path | None) -> dict[str, Any]:
     """What an epoch of this student, as it is, would ask of each tier: the sample's shares on all positions.
 
-    A live teacher runs on the whole of a step in which one sequence misses: on all of them but where none does.
+    A live teacher runs on the whole of a step in which one sequence misses: on all of them but where none does. What a
+    log of answers, or of some sequences' hidden states, spares it is not known before the student asks.
     """
     in_sample = sum(reader[index].rows.num_positions for index in sample)
     pairs = misses.num_pairs * reader.manifest.num_positions / in_sample
     missing = round(pairs * misses.share_of_pairs(reader.plan.top_k))
-    source = source_of_misses(reader, Asked(reader.plan.teacher.name, "refuse", LookupConfig()))
+    source, at_most = _source_and_log(reader, LookupConfig(dir=str(lookups) if lookups else None))
     sequences_per_step = DistillConfig.model_fields["sequences_per_step"].default
     quiet_step = (1 - misses.share_of_sequences(reader.plan.top_k)) ** sequences_per_step
     forwards = round((1 - quiet_step) * len(reader)) if source == "live" else 0
-    return {"lookups": {"cached": round(pairs) - missing, source: missing}, "teacher_forwards": forwards}
+    return {
+        "lookups": {"cached": round(pairs) - missing, source: missing},
+        "teacher_forwards": forwards,
+        "at_most": at_most,
+    }
+
+
+def _source_and_log(reader: CacheReader, lookups: LookupConfig) -> tuple[Source, bool]:
+    """Who answers what the stored top-k does not, and whether a log spares a live teacher some of it."""
+    try:
+        source = source_of_misses(reader, Asked(reader.plan.teacher.name, "refuse", lookups))
+        return source, source == "live" and bool(open_log(reader, lookups).files())
+    except (CacheError, OSError):  # what is wrong with the log stands beside this, in ``lookups``
+        return "live", False

@@ -83,9 +83,15 @@ def statistics_in_words(cache: dict[str, Any]) -> str:
     lines += table_by_top_k(columns)
     if facts["misses"] is None:
         return "\n".join([*lines, "  give --student to count what it misses"])
-    tiers = ", ".join(f"{tier} {pairs:,}" for tier, pairs in facts["one_epoch"]["lookups"].items())
-    forwards = f"{facts['one_epoch']['teacher_forwards']:,}"
-    return "\n".join([*lines, f"one epoch of this student as it is: lookups {tiers}; teacher forwards {forwards}"])
+    epoch = facts["one_epoch"]
+    tiers = ", ".join(f"{tier} {pairs:,}" for tier, pairs in epoch["lookups"].items())
+    most = "at most " if epoch["at_most"] else ""
+    lines.append(
+        f"one epoch of this student as it is: lookups {tiers}; teacher forwards {most}{epoch['teacher_forwards']:,}"
+    )
+    if epoch["at_most"]:
+        lines.append("  live and teacher forwards are upper limits: the lookup log answers some of it")
+    return "\n".join(lines)
 
 
 def as_percent(shares: dict[str, float]) -> dict[str, str]:

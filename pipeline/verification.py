@@ -9,7 +9,7 @@ from cache_schema.errors import CacheError
 from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.verify import verify
-from pipeline.lookups import faults_in_log
+from pipeline.lookups import faults_in_log, num_files_in_log
 from pipeline.progress import progress_bar
 from workers.lookup.stored import require_head_of_cache
 from workers.teacher.lm_head import load_head
@@ -22,7 +22,7 @@ def verify_cache(cache_dir: Path, lookups: Path | None = None) -> dict[str, Any]
     with progress_bar("verifying") as progress:
         report = verify(cache_dir, progress)
     errors = [{"file": damage.file, "reason": damage.reason} for damage in report.errors]
-    recomputed = 0
+    recomputed = log_files = 0
     if report.ok:
         reader = CacheReader(cache_dir)
         if reader.has_hidden_states:
@@ -33,10 +33,12 @@ def verify_cache(cache_dir: Path, lookups: Path | None = None) -> dict[str, Any]
                 except CacheError as error:
                     errors.append({"file": LM_HEAD_NAME, "reason": str(error)})
                 progress(recomputed, recomputed)
+        log_files = num_files_in_log(reader, lookups)
         errors += [{"file": file, "reason": reason} for file, reason in faults_in_log(reader, lookups)]
     return {
         "ok": not errors,
         "checked_bytes": report.checked_bytes,
         "recomputed_sequences": recomputed,
+        "log_files": log_files,
         "errors": errors,
     }

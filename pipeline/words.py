@@ -34,9 +34,10 @@ def dump_in_words(cache_dir: Path, facts: dict[str, Any]) -> str:
 
 def report_in_words(cache_dir: Path, report: dict[str, Any]) -> str:
     if report["ok"]:
+        log = f", and {report['log_files']:,} files of the lookup log" if report["log_files"] else ""
         return (
             f"{cache_dir}: ok. {human_bytes(report['checked_bytes'])} hashed, every row checked, top-k of "
-            f"{report['recomputed_sequences']} sequences made again from hidden states and head"
+            f"{report['recomputed_sequences']} sequences made again from hidden states and head{log}"
         )
     lines = [f"{cache_dir}: {len(report['errors'])} errors"]
     return "\n".join(lines + [f"  {error['file']}: {error['reason']}" for error in report["errors"]])

@@ -194,6 +194,68 @@ def test_a_bad_distill_option(
     refused(*distill(cache_dir, teacher_dir, *options), out=tmp_path / "run", says=says)
 
 
+@pytest.mark.parametrize("flag", ["--device", "--head-device", "--teacher-device"])
+@pytest.mark.parametrize("name", ["nonsense", "meta", "cuda:99"])
+def test_a_device_that_is_not_here(cache_dir: Path, teacher_dir: Path, tmp_path: Path, flag: str, name: str) -> None:
+    command = distill(cache_dir, teacher_dir, flag, name)
+    for options in ([], ["--dry-run"]):
+        says = f"{flag} {name} cannot be used here: "
+        refused(*command, *options, out=tmp_path / "run", says=says)
+        refused(*command, *options, out=tmp_path / "run", says=f". Use {flag} auto.")
+    assert len(pipeline(*command, "--out", tmp_path / "run").err) < 300
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [("--lookups", "lookups.dir"), ("--teacher", "teacher"), ("--cache", "cache"), ("--eval-cache", "eval_cache")],
+)
+def test_an_empty_value(cache_dir: Path, teacher_dir: Path, tmp_path: Path, option: str, key: str) -> None:
+    refused(*distill(cache_dir, teacher_dir, option, ""), out=tmp_path / "run", says=f"{key}: the value is empty")
+
+
+def test_an_empty_value_of_other_commands(cache_dir: Path, teacher_dir: Path) -> None:
+    refused("inspect", cache_dir, "--lookups", "", says="--lookups is empty")
+    refused("inspect", cache_dir, "--stats", "--student", "", says="--student is empty")
+    refused("verify", "", says="the cache's name is empty")
+    refused("evaluate", "", "--cache", cache_dir, says="the model's name is empty")
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "compact", "distill", "evaluate"])
+def test_a_log_in_object_storage(cache_dir: Path, teacher_dir: Path, tmp_path: Path, command: str) -> None:
+    arguments: dict[str, list[object]] = {
+        "distill": distill(cache_dir, teacher_dir), "evaluate": ["evaluate", teacher_dir, "--cache", cache_dir],
+    }  # fmt: skip
+    out = tmp_path / "run" if command == "distill" else None
+    given = arguments.get(command, [command, cache_dir])
+    refused(*given, "--lookups", "s3://b/x", out=out, says="--lookups s3://b/x is a URI")
+
+
+def test_an_unknown_student_of_an_estimate(teacher_dir: Path, data_file: Path, tmp_path: Path) -> None:
+    command = ["estimate", "--teacher", teacher_dir, "--data", data_file, "--set", "data.max_tokens=128"]
+    refused(*command, "--student", tmp_path / "none", says="none is neither a folder nor a model the hub gives")
+
+
+@pytest.mark.parametrize("name", ["shard-00001.hidden.parquet", "lm_head.safetensors"])
+def test_hidden_states_that_are_there_in_part(cache_dir: Path, teacher_dir: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(cache_dir, tmp_path / "cache")
+    (tmp_path / "cache" / name).unlink()
+    says = f"{name} is missing, while shard-00000.hidden.parquet is there"
+    for options in ([], ["--teacher", teacher_dir], ["--on-miss", "bound"]):
+        refused(*distill(tmp_path / "cache", teacher_dir, *options), out=tmp_path / "run", says=says)
+    assert pipeline(*distill(tmp_path / "cache", teacher_dir, "--loss", "t_ld", "--dry-run", "--out", "r")).code == 0
+
+
+def test_a_run_of_an_older_release(cache_dir: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    command = distill(cache_dir, teacher_dir, "--steps", 1, "--loss", "t_ld")
+    assert pipeline(*command, "--out", tmp_path / "run").code == 0
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in record.items() if key != "dropped_forwards"}))
+    assert pipeline(*command, "--resume", "--out", tmp_path / "run").code == 0
+    path.write_text(json.dumps({key: value for key, value in record.items() if key != "order_version"}))
+    refused(*command, "--resume", out=tmp_path / "run", says="was begun by an older release")
+
+
 def test_a_config_file_that_is_no_toml(cache_dir: Path, teacher_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("steps: 3")
     refused(

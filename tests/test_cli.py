@@ -148,7 +148,7 @@ def test_inspect_has_the_keys_scripts_rely_on(cache_dir: Path) -> None:
     assert facts.keys() >= INSPECT_KEYS
     assert facts["teacher"].keys() >= {"name", "fingerprint"}
     assert facts["tokenizer"].keys() >= {"fingerprint", "vocab_size"}
-    assert facts["lookups"].keys() >= {"pairs", "bytes"}
+    assert facts["lookups"].keys() >= {"pairs", "bytes", "error"}
     reader = CacheReader(cache_dir)
     assert facts["num_tokens"] == sum(scored.sequence.num_tokens for scored in reader)
     assert facts["num_positions"] == sum(scored.rows.num_positions for scored in reader)
@@ -163,7 +163,7 @@ def test_inspect_has_the_keys_scripts_rely_on(cache_dir: Path) -> None:
 
 def test_verify_has_the_keys_scripts_rely_on(cache_dir: Path, tmp_path: Path) -> None:
     report = pipeline("verify", cache_dir, "--json").json
-    assert report.keys() >= {"ok", "checked_bytes", "errors"}
+    assert report.keys() >= {"ok", "checked_bytes", "log_files", "errors"}
     assert (report["ok"], report["errors"]) == (True, [])
     assert report["checked_bytes"] == pipeline("inspect", cache_dir, "--json").json["bytes"]
     shutil.copytree(cache_dir, tmp_path / "cache")

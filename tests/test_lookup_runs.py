@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cache_schema import CacheReader
+from cache_schema.errors import StorageError
 from tests.caches import flip_bit
 from tests.command_line import Result, pipeline
 from tests.conftest import dump, write_jsonl
@@ -268,6 +269,7 @@ def test_bounded_lookups_are_counted_and_said_to_be_inexact(
     command = ["distill", "--cache", cache, "--student", teacher_dir, *RUN, "--on-miss", "bound"]
     result = pipeline(*command, "--out", tmp_path / "run")
     assert result.code == 0, result.err
+    assert "bound: the log has hidden states of 0 of 12 sequences; other misses get an upper bound" in result.err
     found = summary(tmp_path / "run")
     assert tiers(tmp_path / "run") == {"cached", "bound"}
     assert found["bound_share"] == found["lookups"]["bound"] / sum(found["lookups"].values()) > 0.2
@@ -333,11 +335,16 @@ def test_caches_that_do_not_go_together_are_refused(
 
     out = tmp_path / "run"
     refused(*command(whole_cache, foreign), out=out, says="was made with another tokenizer than")
-    refused(*command(whole_cache, whole_cache), out=out, says="cache names one directory twice")
+    refused(*command(whole_cache, whole_cache), out=out, says="names one cache twice")
+    (tmp_path / "link").symlink_to(whole_cache)
+    for spelling in (whole_cache / ".." / whole_cache.name, tmp_path / "link"):
+        refused(*command(whole_cache, spelling), out=out, says="names one cache twice")
     both = command(whole_cache, second_cache)
     refused(*both, "--weights", "1,2,3", out=out, says="weights has 3 entries for 2 caches")
     refused(*both, "--weights", "1,0", out=out, says="weights")
     refused(*both, "--weights", "1,1e-4", out=out, says="without a single sequence in an epoch")
+    assert pipeline(*both, "--weights", "1e308,1e308", "--out", out, "--dry-run").code == 0
+    refused(*both, "--weights", "nan,1", out=out, says="weights")
     assert pipeline(*both, "--weights", "1;2", "--out", out).code == 2
 
 
@@ -376,16 +383,23 @@ def test_a_killed_live_run_ends_with_the_same_losses_and_asks_for_no_sequence_tw
 def test_inspect_counts_what_is_logged(
     cache: Path, logged: Path, bare_cache: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
-    nothing = {"pairs": 0, "sequences": 0, "sequences_with_hidden_states": 0, "files": 0, "bytes": 0}
+    nothing = {
+        "pairs": 0, "answered_pairs": 0, "sequences": 0, "sequences_with_hidden_states": 0, "files": 0, "bytes": 0,
+        "error": None,
+    }  # fmt: skip
     assert pipeline("inspect", bare_cache, "--json").json["lookups"] == nothing
     facts = pipeline("inspect", logged, "--json").json
     assert facts["lookups"] == {
         "pairs": facts["num_positions"] * facts["tokenizer"]["vocab_size"],
+        "answered_pairs": 0,
         "sequences": NUM_SEQUENCES,
         "sequences_with_hidden_states": NUM_SEQUENCES,
         "files": NUM_SEQUENCES // 4,
         "bytes": sum(path.stat().st_size for path in logged.glob("lookups/*/*.parquet")),
+        "error": None,
     }
+    assert "  lookup log  12 of 12 sequences with hidden states, 3 files, " in pipeline("inspect", logged).out
+    assert "lookup log" not in pipeline("inspect", bare_cache).out
     assert facts["bytes"] == pipeline("inspect", bare_cache, "--json").json["bytes"]
     live = run(
         cache, teacher_dir, tmp_path / "run", "--teacher", teacher_dir, "--log", "logits", "--steps", 1,
@@ -393,6 +407,7 @@ def test_inspect_counts_what_is_logged(
     )  # fmt: skip
     lookups = pipeline("inspect", cache, "--json").json["lookups"]
     assert (lookups["pairs"], lookups["sequences"]) == (summary(live)["lookups"]["live"], 4)
+    assert f"  lookup log  answers of {lookups['pairs']:,} pairs, 2 files, " in pipeline("inspect", cache).out
 
 
 def first(cache: Path, pattern: str) -> Path:
@@ -408,7 +423,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a flipped bit": (lambda cache: flip_bit(first(cache, "*/*.parquet"), 1000), "000000.hidden.parquet"),
     "a flipped bit that nothing reads": (lambda cache: flip_name(first(cache, "*/*.parquet")), "000000.hidden.parquet"),
     "a missing file": (lambda cache: first(cache, "*/*.parquet").unlink(), "000000.hidden.parquet"),
-    "a damaged receipt": (lambda cache: first(cache, "*/*.json").write_text("{"), "lookups"),
+    "a damaged receipt": (lambda cache: first(cache, "*/*.json").write_text("{"), "000000.json"),
     "a flipped bit in the head": (lambda cache: flip_bit(first(cache, "*.safetensors"), 90_000), "lm_head.safetensors"),
     "a missing head": (lambda cache: first(cache, "*.safetensors").unlink(), "lm_head.safetensors"),
 }
@@ -417,6 +432,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize(("damage", "file"), DAMAGES.values(), ids=DAMAGES.keys())
 def test_verify_finds_damage_in_the_log(logged: Path, damage: Callable[[Path], None], file: str) -> None:
     assert json.loads(pipeline("verify", logged, "--json").out)["ok"]
+    assert ", and 3 files of the lookup log" in pipeline("verify", logged).out
     damage(logged)
     result = pipeline("verify", logged, "--json")
     assert result.code == 1
@@ -461,3 +477,90 @@ def test_a_compaction_of_nothing_is_an_error_that_says_why(bare_cache: Path, tmp
     refused("compact", bare_cache, says="no run has asked a live teacher about")
     refused("compact", bare_cache, "--lookups", tmp_path / "logs", says="does not exist")
     refused("compact", tmp_path / "none", says="is not a directory")
+
+
+@pytest.mark.parametrize("dangling", [False, True], ids=["a file", "a dangling link"])
+def test_what_stands_where_the_log_should_be_is_named(
+    cache: Path, teacher_dir: Path, tmp_path: Path, dangling: bool
+) -> None:
+    place = cache / "lookups"
+    if dangling:
+        place.symlink_to(tmp_path / "nowhere")
+    else:
+        place.write_text("in the way")
+    what = "a link that leads nowhere" if dangling else "a file"
+    says = f"{place} is {what}, not the directory of a lookup log"
+    refused("compact", cache, says=says)
+    assert says in pipeline("inspect", cache, "--json").json["lookups"]["error"]
+    assert says in pipeline("inspect", cache).out
+    (error,) = json.loads(pipeline("verify", cache, "--json").out)["errors"]
+    assert error["file"] == "lookups"
+    assert says in error["reason"]
+    command = ["distill", "--cache", cache, "--student", teacher_dir, *RUN, "--teacher", teacher_dir, "--dry-run"]
+    before = sorted(tmp_path.rglob("*"))
+    refused(*command, out=tmp_path / "run", says="give --lookups DIR for another place, or --log none")
+    for options in (["--log", "none"], ["--lookups", tmp_path / "a" / "b"], ["--loss", "t_ld"]):
+        assert pipeline(*command, *options, "--out", tmp_path / "run").code == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_bad_log_does_not_take_a_good_cache_with_it(logged: Path, teacher_dir: Path) -> None:
+    command = ["evaluate", teacher_dir, "--cache", logged, "--json"]
+    good = pipeline(*command)
+    assert good.json["kl"] == pytest.approx(0, abs=1e-4)
+    first(logged, "*/*.json").write_text("{")
+    facts = pipeline("inspect", logged, "--json").json
+    assert facts["num_sequences"] == NUM_SEQUENCES
+    assert "000000.json" in facts["lookups"]["error"]
+    assert "  lookup log  cannot be used: " in pipeline("inspect", logged).out
+    assert pipeline("inspect", logged, "--stats", "--student", teacher_dir).code == 0
+    bad = pipeline(*command)
+    assert bad.json == {**good.json, "kl": None}
+    assert "warning: no KL" in bad.err
+
+
+def test_a_log_elsewhere_serves_evaluations(cache: Path, logged: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(logged / "lookups", tmp_path / "logs" / CacheReader(logged).manifest_sha256[:16])
+    command = ["evaluate", teacher_dir, "--cache", cache, "--json"]
+    assert pipeline(*command).json["kl"] is None
+    options = ["--lookups", tmp_path / "logs"]
+    assert pipeline(*command, *options).json["kl"] == pytest.approx(0, abs=1e-4)
+    run_dir = run(cache, teacher_dir, tmp_path / "run", *options, "--eval-cache", cache, "--steps", 1)
+    assert summary(run_dir)["eval"]["kl"] > 0
+
+
+def test_verify_goes_on_after_each_odd_thing_in_a_log(logged: Path) -> None:
+    files = sorted(logged.glob("lookups/*/*.parquet"))
+    files[0].unlink()
+    files[0].mkdir()
+    flip_bit(files[1], 1000)
+    head = first(logged, "*.safetensors")
+    head.unlink()
+    head.mkdir()
+    errors = json.loads(pipeline("verify", logged, "--json").out)["errors"]
+    assert {error["file"].split("/")[-1] for error in errors} == {files[0].name, files[1].name, head.name}
+    receipt = files[2].with_name("000002.json")
+    receipt.unlink()
+    receipt.mkdir()
+    errors = json.loads(pipeline("verify", logged, "--json").out)["errors"]
+    assert {error["file"].split("/")[-1] for error in errors} >= {receipt.name, files[1].name}
+
+
+def test_a_full_disk_under_the_log_names_the_ways_out_and_they_work(
+    cache: Path, teacher_dir: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise StorageError(f"{cache / 'lookups'} cannot be written: No space left on device.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cache_schema.lookups.write_log_file", full)
+        result = distill(cache, teacher_dir, tmp_path / "run", "--teacher", teacher_dir)
+    assert result.code == 1
+    assert "No space left" in result.err
+    assert "--resume and --lookups DIR" in result.err
+    assert "--resume and --log none" in result.err
+    assert "Traceback" not in result.err
+    copy = Path(shutil.copytree(tmp_path / "run", tmp_path / "copy"))
+    for run_dir, options in ((tmp_path / "run", ["--lookups", tmp_path / "l"]), (copy, ["--log", "none"])):
+        again = run(cache, teacher_dir, run_dir, "--teacher", teacher_dir, "--resume", *options)
+        assert_same_training(again, whole_run)

@@ -57,6 +57,8 @@ def test_only_the_last_step_of_an_epoch_is_short():
         ((5, 5), (2, 1), (7, 3)),  # 6.67 and 3.33
         ((3, 3, 4), (1, 1, 1), (4, 3, 3)),  # 3.33 each: the first takes what is left over
         ((1, 100), (1, 1), (51, 50)),  # 50.5 each
+        ((10, 10), (1e308, 1e308), (10, 10)),  # whose sum is no float
+        ((10, 10), (5e-324, 5e-324), (10, 10)),
     ],
 )
 def test_weights_are_shares_of_an_epoch(sizes, weights, quotas):

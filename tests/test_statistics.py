@@ -83,6 +83,26 @@ def test_an_epoch_asks_what_a_run_of_one_epoch_then_asks(
         assert run["teacher_forwards"] == 0
 
 
+def test_what_a_log_of_answers_spares_is_said_to_be_unknown(
+    bare_dir: Path, teacher_dir: Path, student_dir: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    assert stats(bare_dir, "--student", student_dir, "--lookups", log)["one_epoch"]["at_most"] is False
+    run = pipeline(
+        "distill", "--cache", bare_dir, "--student", student_dir, "--teacher", teacher_dir, "--steps", 1,
+        "--lookups", log, "--log", "logits", "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert run.code == 0, run.err
+    options = ["--student", student_dir, "--lookups", log]
+    epoch = stats(bare_dir, *options)["one_epoch"]
+    assert (epoch["at_most"], set(epoch["lookups"])) == (True, {"cached", "live"})
+    assert "teacher forwards are upper limits" in pipeline("inspect", bare_dir, "--stats", *options).out
+    every = ["--teacher", teacher_dir, "--epochs", 1, "--out", tmp_path / "every", "--lookups", tmp_path / "whole"]
+    assert pipeline("distill", "--cache", bare_dir, "--student", student_dir, *every).code == 0
+    epoch = stats(bare_dir, "--student", student_dir, "--lookups", tmp_path / "whole")["one_epoch"]
+    assert (epoch["at_most"], epoch["teacher_forwards"], set(epoch["lookups"])) == (False, 0, {"cached", "logged"})
+
+
 def test_without_hidden_states_nothing_beyond_the_stored_k_is_said(bare_dir: Path, student_dir: Path) -> None:
     found = stats(bare_dir, "--student", student_dir)
     assert set(found["misses"]["share_of_pairs"]) == set(map(str, STORED_KS))
@@ -173,7 +193,7 @@ def test_a_student_or_cache_that_does_not_fit_is_one_error(cache_dir: Path, stud
         (cache_dir, ["--student", foreign], "token id"),
         (cache_dir, ["--student", short], "reads 16 tokens"),
         (cache_dir, ["--student", student_dir, "--student-layers", "0,9"], "from 0 to 3"),
-        (cache_dir, ["--student", tmp_path / "none"], "there is no model folder"),
+        (cache_dir, ["--student", tmp_path / "none"], "neither a folder nor a model the hub gives"),
         (tmp_path / "unfinished", [], "has not finished"),
         (tmp_path / "damaged", [], f"{shard_name(1)} is damaged"),
     ):

@@ -1,6 +1,7 @@
 """What a run refuses before it loads a model: caches, student, teacher and losses that do not fit each other."""
 
-from cache_schema.errors import CacheMismatchError
+from cache_schema.errors import CacheCorruptError, CacheMismatchError
+from cache_schema.manifest import LM_HEAD_NAME, hidden_name
 from cache_schema.reader import CacheReader
 from cache_schema.remote import local_copy
 from workers.distill.config import DistillConfig, LossConfig
@@ -9,7 +10,7 @@ from workers.distill.student import require_layers
 from workers.errors import InputError
 from workers.lookup.batch import Part
 from workers.lookup.live import require_same_teacher
-from workers.lookup.opening import Asked, open_log, source_of_misses
+from workers.lookup.opening import Asked, open_log, require_ways, source_of_misses
 from workers.losses.catalogue import LOSSES
 from workers.teacher.checkpoint import context_length, identity_of, model_directory, read_text_config
 from workers.tokenizers import check_same_vocabulary, load_tokenizer
@@ -24,15 +25,18 @@ def check(config: DistillConfig) -> list[CacheReader]:
     readers = [CacheReader(local_copy(cache)) for cache in config.cache]
     for reader in readers:
         check_needs(config, reader)
+    _check_each_once(readers)
     _check_one_tokenizer(readers)
     _check_weights(config, readers)
+    student_dir = model_directory(config.student)
     check_same_vocabulary(load_tokenizer(str(readers[0].tokenizer_dir)), load_tokenizer(config.student))
     for reader in readers:
         _check_context(config.student, reader)
     if config.student_layers is not None:
-        require_layers(config.student_layers, read_text_config(model_directory(config.student)).num_hidden_layers)
+        require_layers(config.student_layers, read_text_config(student_dir).num_hidden_layers)
     if config.teacher is not None:
         _check_teacher(config, config.teacher, readers)
+    require_ways(readers if needs_lookups(config) else [], asked_of(config))
     return readers
 
 
@@ -40,6 +44,11 @@ def losses_of(config: DistillConfig) -> list[tuple[Part, LossConfig]]:
     """The parts of the positions that are trained, each with its loss."""
     losses: list[tuple[Part, LossConfig]] = [("response", config.loss)]
     return losses + ([("prompt", config.prompt_loss)] if config.prompt_loss else [])
+
+
+def needs_lookups(config: DistillConfig) -> bool:
+    """Whether a loss asks for more than the stored top-k."""
+    return any(LOSSES[loss.name].needs & {"lookups", "full_row"} for _, loss in losses_of(config))
 
 
 def asked_of(config: DistillConfig) -> Asked:
@@ -82,6 +91,7 @@ def check_needs(config: DistillConfig, reader: CacheReader) -> None:
 
 def _check_misses(config: DistillConfig, reader: CacheReader, key: str, loss: str) -> None:
     """Something must answer what is not in the stored top-k."""
+    _check_all_or_none(reader)
     source, rows = source_of_misses(reader, asked_of(config)), "full_row" in LOSSES[loss].needs
     if source == "cached" or (rows and source == "bound"):
         asks = "the teacher's whole rows" if rows else "the teacher's logits at the student's own top-k"
@@ -100,6 +110,33 @@ def _check_misses(config: DistillConfig, reader: CacheReader, key: str, loss: st
             f"{key} {loss} needs the teacher's whole rows, which a log of logits cannot keep: give --log hidden, or "
             f"--log none to run the teacher in every epoch."
         )
+
+
+def _check_all_or_none(reader: CacheReader) -> None:
+    """A cache whose hidden states are there in part has lost the others, and no teacher should be asked for that."""
+    if reader.plan.hidden_states is None:
+        return
+    states = [reader.cache_dir / hidden_name(receipt.shard) for receipt in reader.manifest.receipts]
+    present = [path for path in states if path.exists()]
+    missing = [path for path in [*states, reader.lm_head_path] if not path.exists()]
+    if present and missing:
+        raise CacheCorruptError(
+            f"{missing[0]} is missing, while {present[0].name} is there: either all files of hidden states may be "
+            f"deleted, or none, and {LM_HEAD_NAME} stays. Restore it, or delete every shard-*.hidden.parquet to do "
+            f"without hidden states."
+        )
+
+
+def _check_each_once(readers: list[CacheReader]) -> None:
+    """Whatever path each was given by."""
+    seen: dict[str, CacheReader] = {}
+    for reader in readers:
+        other = seen.setdefault(reader.manifest_sha256, reader)
+        if other is not reader:
+            raise InputError(
+                f"cache names one cache twice: {other.cache_dir} and {reader.cache_dir} have the same manifest. Give "
+                f"it once, with a weight."
+            )
 
 
 def _check_one_tokenizer(readers: list[CacheReader]) -> None:

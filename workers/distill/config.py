@@ -116,5 +116,5 @@ class DistillConfig(_Section):
         if self.weights is not None and len(self.weights) != len(self.cache):
             raise ValueError(f"weights has {len(self.weights)} entries for {len(self.cache)} caches: give one a cache")
         if len(set(self.cache)) != len(self.cache):
-            raise ValueError("cache names one directory twice: give it once, with a weight")
+            raise ValueError("cache names one cache twice: give it once, with a weight")
         return self

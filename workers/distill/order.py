@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+ORDER_VERSION = 2
+"""Raised when the same seed gives another order: a run ends with the order it was begun with."""
 _SHUFFLE, _PASS = 0, 1  # kinds of random streams
 
 
@@ -78,7 +80,8 @@ def quotas_of(sizes: Sequence[int], weights: Sequence[float] | None) -> tuple[in
     """Sequences of each cache in an epoch, by weight: shares rounded down, and up where most was cut off."""
     if weights is None:
         return tuple(sizes)
-    shares = np.array(weights) / sum(weights) * sum(sizes)
+    most = np.array(weights) / max(weights)  # whose sum cannot overflow
+    shares = most / most.sum() * sum(sizes)
     quotas = np.floor(shares).astype(int)
     most_cut = np.argsort(quotas - shares, kind="stable")[: sum(sizes) - int(quotas.sum())]
     quotas[most_cut] += 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cache_schema.reader import CacheReader
 from workers.distill.checkpoint import latest_checkpoint, load_checkpoint
-from workers.distill.checks import asked_of, losses_of
+from workers.distill.checks import asked_of, losses_of, needs_lookups
 from workers.distill.config import DistillConfig, OptimizerConfig
 from workers.distill.order import Order, Pick
 from workers.distill.student import StudentLoss, Term, load_student
@@ -145,7 +145,7 @@ def prepare(config: DistillConfig, readers: Sequence[CacheReader], run_dir: Path
     vocab_size = readers[0].plan.tokenizer.vocab_size
     with ExitStack() as resources:
         ladders = [Ladder() for _ in readers]
-        if any(LOSSES[loss.name].needs & {"lookups", "full_row"} for _, loss in losses_of(config)):
+        if needs_lookups(config):
             ladders = open_ladders(readers, asked_of(config), device, resources)
         model = load_student(
             config.student, config.student_layers, gradient_checkpointing=config.gradient_checkpointing

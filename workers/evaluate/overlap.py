@@ -16,7 +16,6 @@ from torch import Tensor
 from cache_schema.reader import CacheReader
 from workers.lookup.batch import TeacherPositions, collate
 from workers.lookup.ladder import Ladder
-from workers.lookup.opening import ladder_of_whole_rows
 from workers.losses.divergences import kl_divergence
 from workers.ordering import exact_top_k
 from workers.teacher.checkpoint import body_of
@@ -27,16 +26,22 @@ _SEQUENCES_PER_BATCH = 4
 
 
 def evaluate_on_cache(
-    model: Any, reader: CacheReader, device: torch.device, progress: Callable[[int, int], None] | None = None
+    model: Any,
+    reader: CacheReader,
+    ladder: Ladder | None,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """overlap@1/8/32, KL(teacher || student) at temperature 1, top-1 agreement and loss on the trained positions.
 
     Computed in the model's own dtype without autocast. An overlap beyond the cache's top-k is None, and so is
-    the KL where neither the cache nor its log has all hidden states.
+    the KL without a ladder.
+
+    Args:
+        ladder: gives the teacher's whole rows; see ``workers.lookup.opening.ladder_of_whole_rows``.
     """
     model.eval()
     head = head_of(model, reader.plan.tokenizer.vocab_size)
-    ladder = ladder_of_whole_rows(reader, device)
     overlap_ks = [k for k in OVERLAP_KS if k <= reader.plan.top_k]
     columns: list[Tensor] = []
     sequence_lengths: list[int] = []

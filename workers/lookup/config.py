@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 OnMiss = Literal["refuse", "bound"]
 
@@ -26,3 +26,23 @@ class LookupConfig(BaseModel):
     teacher_device: str = "auto"
     """Where a live teacher runs; auto is the student's device, ``offload`` keeps its weights in the CPU's memory and
     brings them to the student's device layer by layer."""
+
+    @field_validator("dir")
+    @classmethod
+    def _local(cls, value: str | None) -> str | None:
+        return None if value is None else local_directory(value)
+
+
+def local_directory(text: str) -> str:
+    """What was given for a log's directory, if it can be one.
+
+    Raises:
+        ValueError: it is empty, or a URI.
+    """
+    if not text:
+        raise ValueError("--lookups is empty: give a directory, or leave it out for the log inside the cache")
+    if "://" in text:
+        raise ValueError(
+            f"--lookups {text} is a URI, and a log is written to a local directory: give one, or mount the store"
+        )
+    return text

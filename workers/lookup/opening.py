@@ -1,7 +1,10 @@
 """Builds a run's ladders, one a cache, from what the caches hold and what the user gave."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import errno
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,13 +12,15 @@ from typing import Literal
 import torch
 
 from cache_schema.errors import StorageError
-from cache_schema.lookups import LookupLog, LookupWriter, lookups_dir
+from cache_schema.lookup_files import Kind, LogRow, LookupReceipt
+from cache_schema.lookups import LookupLog, LookupWriter, lookups_dir, machine_mark
 from cache_schema.reader import CacheReader
+from cache_schema.storage import refused
 from workers.device import resolve_device
 from workers.errors import InputError
 from workers.lookup.answers import AnswerLog
 from workers.lookup.config import LookupConfig, OnMiss
-from workers.lookup.heads import head_device, logged_head, publish_head
+from workers.lookup.heads import head_device, head_is_gone, logged_head, publish_head, require_head_of_log
 from workers.lookup.ladder import Ladder
 from workers.lookup.live import LiveTeacher
 from workers.lookup.states import TeacherStates
@@ -51,11 +56,36 @@ def source_of_misses(reader: CacheReader, asked: Asked) -> Source:
     if reader.has_hidden_states:
         return "hidden"
     log = open_log(reader, asked.lookups)
-    if log.num_with_hidden_states == len(reader) and log.lm_head_path is not None:
-        return "logged"
+    if log.num_with_hidden_states == len(reader):
+        if log.lm_head_path is not None:
+            return "logged"
+        if asked.teacher is None:
+            raise head_is_gone(log)
     if asked.teacher is not None:
         return "live"
     return "bound" if asked.on_miss == "bound" else "cached"
+
+
+def require_ways(readers: Sequence[CacheReader], asked: Asked) -> None:
+    """Refuse, before a model is loaded, devices that are not here and a log that could not be written.
+
+    Raises:
+        InputError: names the option, and what to give.
+    """
+    lookups = asked.lookups
+    if lookups.head_device != "auto":
+        resolve_device(lookups.head_device, "--head-device")
+    if lookups.teacher_device not in ("auto", "offload"):
+        resolve_device(lookups.teacher_device, "--teacher-device")
+    for reader in readers:
+        if lookups.log != "none" and source_of_misses(reader, asked) == "live":
+            _require_writable(_written_dir(reader, lookups))
+
+
+def stands_in_the_way(log_dir: Path) -> Path | None:
+    """What is no directory where the log, or one it lies in, should be: a file or a dangling link."""
+    place = _lowest_that_stands(log_dir)
+    return None if place.is_dir() else place
 
 
 def stored_ladder(reader: CacheReader, device: torch.device) -> Ladder:
@@ -67,9 +97,16 @@ def stored_ladder(reader: CacheReader, device: torch.device) -> Ladder:
     return Ladder(TeacherStates(reader, stored_head(reader, device)))
 
 
-def ladder_of_whole_rows(reader: CacheReader, device: torch.device) -> Ladder | None:
-    """A ladder that gives every row without a teacher: the cache or its log has all hidden states. None if neither."""
-    asked = Asked(None, "refuse", LookupConfig())
+def ladder_of_whole_rows(reader: CacheReader, device: torch.device, lookups_dir: str | None = None) -> Ladder | None:
+    """A ladder that gives every row without a teacher: the cache or its log has all hidden states. None if neither.
+
+    Args:
+        lookups_dir: as ``LookupConfig.dir``; a log inside the cache is read too.
+
+    Raises:
+        CacheError: the head is damaged or, where the cache has no hidden states, the log is.
+    """
+    asked = Asked(None, "refuse", LookupConfig(dir=lookups_dir))
     source = source_of_misses(reader, asked)
     if source == "hidden":
         return stored_ladder(reader, device)
@@ -125,9 +162,10 @@ def _live_ladder(
     head = teacher.lm_head.to(head_device(lookups.head_device, device, weight_VD.numel() * weight_VD.element_size()))
     keeps_answers = lookups.log == "logits"
     if writer is not None and not keeps_answers:
-        writer.lm_head_sha256 = publish_head(reader, teacher.lm_head, writer)
-    if log.lm_head_hashes:
-        logged_head(reader, log, "cpu", device)  # what is in the log is this teacher's
+        with _ways_out():
+            writer.lm_head_sha256 = publish_head(reader, log, teacher.lm_head, writer)
+    log.require_one_head()
+    require_head_of_log(reader, log, head)
     states = TeacherStates(
         reader, head, log=log, live=live, writer=None if keeps_answers else writer, whole_steps=not keeps_answers
     )
@@ -138,16 +176,60 @@ def _live_ladder(
 def _writer(reader: CacheReader, lookups: LookupConfig, resources: ExitStack) -> LookupWriter | None:
     if lookups.log == "none":
         return None
-    directory = lookups_dir(reader, Path(lookups.dir) if lookups.dir else None)
     try:
-        writer = LookupWriter(directory, reader.manifest_sha256)
+        writer = _RunsWriter(_written_dir(reader, lookups), reader.manifest_sha256)
     except StorageError as error:
-        raise InputError(
-            f"{error} The live teacher's work is kept there: give --lookups DIR for another place, or --log none to "
-            f"keep nothing."
-        ) from error
+        raise _no_log(error) from error
     resources.callback(writer.close)
     return writer
+
+
+class _RunsWriter(LookupWriter):
+    """Says, where the disk refuses amid a run, how that run can go on."""
+
+    def write(self, kind: Kind, rows: Iterable[LogRow]) -> LookupReceipt:
+        with _ways_out():
+            return super().write(kind, rows)
+
+
+@contextmanager
+def _ways_out() -> Iterator[None]:
+    try:
+        yield
+    except StorageError as error:
+        raise StorageError(
+            f"{error} It is the lookup log: the run also goes on with --resume and --lookups DIR, which keeps the live "
+            f"teacher's work in another place, or with --resume and --log none, which keeps no more of it."
+        ) from error
+
+
+def _written_dir(reader: CacheReader, lookups: LookupConfig) -> Path:
+    return lookups_dir(reader, Path(lookups.dir) if lookups.dir else None)
+
+
+def _require_writable(log_dir: Path) -> None:
+    """Make a directory where a writer's would be, or the first that would hold it, and remove it."""
+    place = _lowest_that_stands(log_dir)
+    try:
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        probe = place / f"{machine_mark()}{secrets.token_hex(6)}"
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise _no_log(refused(log_dir, error)) from error
+
+
+def _lowest_that_stands(path: Path) -> Path:
+    """The path, or the first of those above it that there is."""
+    return next(place for place in (path, *path.parents) if os.path.lexists(place) or place == place.parent)
+
+
+def _no_log(error: StorageError) -> InputError:
+    return InputError(
+        f"{error} The live teacher's work is kept there: give --lookups DIR for another place, or --log none to keep "
+        f"nothing."
+    )
 
 
 def _load_teacher(reader: CacheReader, asked: Asked, device: torch.device) -> TransformersTeacher:
@@ -158,6 +240,6 @@ def _load_teacher(reader: CacheReader, asked: Asked, device: torch.device) -> Tr
         identity_of(asked.teacher, plan.teacher.dtype),
         plan.engine,
         vocab_size=plan.tokenizer.vocab_size,
-        device=device if choice in ("auto", "offload") else resolve_device(choice),
+        device=device if choice in ("auto", "offload") else resolve_device(choice, "--teacher-device"),
         offload=choice == "offload",
     )
