@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.material import STUDENT_LAYERS, TEACHER, add_data_options, dump
 from cache_schema import CacheReader
-from cache_schema.lookups import LookupLog, LookupWriter
+from cache_schema.lookup_writer import LookupWriter
+from cache_schema.lookups import LookupLog
 from workers.distill.student import keep_layers
 from workers.lookup.answers import AnswerLog
 from workers.lookup.batch import collate

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from cache_schema.errors import StorageError
 from cache_schema.lookup_files import Kind, LogRow
-from cache_schema.lookups import LookupLog, LookupWriter, machine_mark, receipt_path, writers_in
+from cache_schema.lookup_writer import LookupWriter, machine_mark, receipt_path, writers_in
+from cache_schema.lookups import LookupLog
 from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.storage import exclusive, flush, is_leftover, refused

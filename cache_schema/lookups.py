@@ -1,16 +1,11 @@
-"""Reads a cache's lookup log by sequence index, and writes to it, while other processes do the same.
+"""Reads a cache's lookup log by sequence index, while other processes write to it and fold it.
 
 The index is 8 bytes for each sequence of the cache, and what the receipts say; logged values stay on the disk.
 """
 
-import hashlib
-import re
-import secrets
-import socket
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Set
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,44 +16,14 @@ import pyarrow.parquet as pq
 
 from cache_schema.encoding import HIDDEN_NUMPY_DTYPES
 from cache_schema.errors import CacheCorruptError, CacheMismatchError
-from cache_schema.lookup_files import (
-    LOOKUPS_NAME,
-    Kind,
-    LoggedLogits,
-    LogRow,
-    LookupReceipt,
-    corrupt,
-    read_log_row,
-    write_log_file,
-)
+from cache_schema.lookup_files import LoggedLogits, LookupReceipt, corrupt, read_log_row
+from cache_schema.lookup_writer import listed, writers_in
 from cache_schema.manifest import LM_HEAD_NAME, read_json
 from cache_schema.reader import CacheReader
-from cache_schema.storage import exclusive
 
 _FILES_KEPT = 64
-_WRITER = re.compile("[0-9a-f]{16}")
 _MOST_LOOKS = 100
 _SETTLED_NS = 2 * 10**9
-
-
-def receipt_path(file: Path) -> Path:
-    """Beside the file it is of."""
-    return file.with_name(f"{file.name.split('.')[0]}.json")
-
-
-def machine_mark() -> str:
-    """Four hex digits that the directories of this machine's writers begin with."""
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]
-
-
-def writers_in(log_dir: Path) -> list[Path]:
-    """Their directories; what has another name than a writer's is not the log's."""
-    return [path for path in _listed(log_dir) if _WRITER.fullmatch(path.name) and not path.is_symlink()]
-
-
-def lookups_dir(reader: CacheReader, elsewhere: Path | None = None) -> Path:
-    """Where a cache's log stands: beside it, or in a directory that the logs of several caches may share."""
-    return elsewhere / reader.manifest_sha256[:16] if elsewhere else reader.cache_dir / LOOKUPS_NAME
 
 
 class LookupLog:
@@ -166,7 +131,7 @@ class LookupLog:
                 continue
             # A change within the clock's grain of the last would not show: what is younger is listed again.
             if now != changed or time.time_ns() - now < _SETTLED_NS:
-                receipts = [path for path in _listed(directory) if path.suffix == ".json"]
+                receipts = [path for path in listed(directory) if path.suffix == ".json"]
                 self._listings[directory] = (now, receipts)
             found += receipts
         return found
@@ -237,7 +202,9 @@ class LookupLog:
         Raises:
             CacheCorruptError: it is damaged, or gone.
         """
-        number = next(number for number, (file, _) in self._files.items() if file == path)
+        number = next((number for number, (file, _) in self._files.items() if file == path), 0)
+        if number == 0:
+            raise corrupt(path, "a compaction took it away")
         for row, index in enumerate(self._files[number][1].indexes):
             found = self._read(number, row, index)
             if found is None:
@@ -272,13 +239,6 @@ class LookupLog:
         return self._open[number]
 
 
-def _listed(directory: Path) -> list[Path]:
-    try:
-        return list(directory.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
 def _open(path: Path, receipt: LookupReceipt) -> pq.ParquetFile:
     if path.stat().st_size != receipt.file.num_bytes:
         raise corrupt(path, f"it has {path.stat().st_size:,} bytes, its receipt says {receipt.file.num_bytes:,}")
@@ -299,43 +259,3 @@ def _no_receipt(path: Path, reason: object) -> CacheCorruptError:
         f"Delete it with the file of its number beside it, if no newer release wrote it: a run with --teacher asks "
         f"again for what it held."
     )
-
-
-class LookupWriter:
-    """One process's share of a log: a directory of its own, locked until ``close``.
-
-    The directory's name begins with the machine's mark: locks are seen on one machine alone.
-
-    Raises:
-        StorageError: the directory cannot be made.
-    """
-
-    def __init__(self, log_dir: Path, manifest_sha256: str, lm_head_sha256: str | None = None) -> None:
-        self._manifest_sha256 = manifest_sha256
-        self.lm_head_sha256 = lm_head_sha256
-        """Of the head that makes logits of the hidden states to be written."""
-        self.directory = log_dir / f"{machine_mark()}{secrets.token_hex(6)}"
-        self._lock = ExitStack()
-        self._lock.enter_context(exclusive(self.directory))
-        self._num_written = 0
-
-    def write(self, kind: Kind, rows: Iterable[LogRow]) -> LookupReceipt:
-        """Publish one file; other processes see it from now on.
-
-        Raises:
-            StorageError: the disk refused; nothing was added.
-        """
-        receipt = write_log_file(
-            self.directory,
-            self._num_written,
-            kind,
-            rows,
-            manifest_sha256=self._manifest_sha256,
-            lm_head_sha256=self.lm_head_sha256,
-        )
-        self._num_written += 1
-        return receipt
-
-    def close(self) -> None:
-        """Let go of the directory; an empty one is removed."""
-        self._lock.close()

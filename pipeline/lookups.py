@@ -8,7 +8,8 @@ from typing import Any
 from cache_schema.compaction import compact
 from cache_schema.errors import CacheError
 from cache_schema.lookup_files import LookupReceipt
-from cache_schema.lookups import LookupLog, lookups_dir, receipt_path, writers_in
+from cache_schema.lookup_writer import lookups_dir, receipt_path, writers_in
+from cache_schema.lookups import LookupLog
 from cache_schema.manifest import LM_HEAD_NAME, read_json
 from cache_schema.reader import CacheReader
 from cache_schema.storage import sha256_of

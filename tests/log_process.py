@@ -11,7 +11,8 @@ import numpy as np
 from cache_schema.compaction import compact
 from cache_schema.errors import StorageError
 from cache_schema.lookup_files import LoggedLogits
-from cache_schema.lookups import LookupLog, LookupWriter
+from cache_schema.lookup_writer import LookupWriter
+from cache_schema.lookups import LookupLog
 from cache_schema.reader import CacheReader
 
 HIDDEN_SIZE = 5

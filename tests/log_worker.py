@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from cache_schema import CacheReader
-from cache_schema.lookups import LookupLog, LookupWriter, lookups_dir
+from cache_schema.lookup_writer import LookupWriter, lookups_dir
+from cache_schema.lookups import LookupLog
 from tests.tiny_cache import CPU, load_teacher
 from workers.lookup.answers import AnswerLog
 from workers.lookup.batch import collate

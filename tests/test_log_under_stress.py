@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from cache_schema import CacheReader
 from cache_schema.compaction import compact
-from cache_schema.lookups import LookupLog, lookups_dir
+from cache_schema.lookup_writer import lookups_dir
+from cache_schema.lookups import LookupLog
 from tests.log_worker import asked_ids
 from tests.tiny import tiny_tokenizer
 from tests.tiny_cache import dump_tiny_cache, random_sequences

@@ -16,7 +16,8 @@ from cache_schema import compaction
 from cache_schema.compaction import compact
 from cache_schema.errors import CacheCorruptError, CacheMismatchError, StorageError
 from cache_schema.lookup_files import LoggedLogits
-from cache_schema.lookups import LookupLog, LookupWriter, lookups_dir, machine_mark
+from cache_schema.lookup_writer import LookupWriter, lookups_dir, machine_mark
+from cache_schema.lookups import LookupLog
 from cache_schema.manifest import FORMAT_VERSION
 from cache_schema.reader import CacheReader
 from tests.caches import content, flip_bit, make_plan, make_scoreds, write_cache

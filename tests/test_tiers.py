@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, PhiCo
 
 from cache_schema.compaction import compact
 from cache_schema.errors import CacheCorruptError, CacheMismatchError
-from cache_schema.lookups import LookupLog, lookups_dir
+from cache_schema.lookup_writer import lookups_dir
+from cache_schema.lookups import LookupLog
 from cache_schema.reader import CacheReader
 from cache_schema.storage import sha256_of
 from tests.test_ladder import assert_answers_are_the_teacher_s, dense_logits, every_id, is_stored, positions_of

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from cache_schema.lookup_files import LoggedLogits
-from cache_schema.lookups import LookupLog, LookupWriter
+from cache_schema.lookup_writer import LookupWriter
+from cache_schema.lookups import LookupLog
 from cache_schema.reader import CacheReader
 from workers.lookup.batch import TeacherPositions
 from workers.teacher.lm_head import LMHead

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from cache_schema.errors import CacheCorruptError
-from cache_schema.lookups import LookupLog, LookupWriter
+from cache_schema.lookup_writer import LookupWriter
+from cache_schema.lookups import LookupLog
 from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.storage import flush, refused, sha256_of
@@ -20,7 +21,7 @@ _FREE_MEMORY_SHARE = 4
 def head_device(choice: str, device: torch.device, num_bytes: int) -> torch.device:
     """Where a head of so many bytes answers a student on ``device``; see ``LookupConfig.head_device``."""
     if choice != "auto":
-        return resolve_device(choice)
+        return resolve_device(choice, "--head-device")
     if device.type == "cuda" and num_bytes > torch.cuda.mem_get_info(device)[0] // _FREE_MEMORY_SHARE:
         return torch.device("cpu")
     return device

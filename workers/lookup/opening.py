@@ -13,7 +13,8 @@ import torch
 
 from cache_schema.errors import StorageError
 from cache_schema.lookup_files import Kind, LogRow, LookupReceipt
-from cache_schema.lookups import LookupLog, LookupWriter, lookups_dir, machine_mark
+from cache_schema.lookup_writer import LookupWriter, lookups_dir, machine_mark
+from cache_schema.lookups import LookupLog
 from cache_schema.reader import CacheReader
 from cache_schema.storage import refused
 from workers.device import resolve_device

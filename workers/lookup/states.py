@@ -12,7 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cache_schema.lookups import LookupLog, LookupWriter
+from cache_schema.lookup_writer import LookupWriter
+from cache_schema.lookups import LookupLog
 from cache_schema.reader import CacheReader
 from workers.lookup.live import LiveTeacher
 from workers.lookup.stored import stored_hidden_states
