@@ -553,7 +553,7 @@ def test_a_full_disk_under_the_log_names_the_ways_out_and_they_work(
         raise StorageError(f"{cache / 'lookups'} cannot be written: No space left on device.")
 
     with monkeypatch.context() as patched:
-        patched.setattr("cache_schema.lookups.write_log_file", full)
+        patched.setattr("cache_schema.lookup_writer.write_log_file", full)
         result = distill(cache, teacher_dir, tmp_path / "run", "--teacher", teacher_dir)
     assert result.code == 1
     assert "No space left" in result.err
