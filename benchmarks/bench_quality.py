@@ -24,6 +24,13 @@ from workers.distill.train import learning_rate
 from workers.losses.dense import dense_loss
 
 SEED, SEQUENCES_PER_STEP, LR, HELD_OUT = 7, 4, 5e-4, 16
+COMPARED = (
+    ("reverse", "plain loop"),
+    ("hidden, float32 logits", "plain loop"),
+    ("logged", "live"),
+    ("hidden", "live"),
+    ("hidden, float32 logits", "hidden"),
+)
 
 
 def main() -> None:
@@ -58,7 +65,7 @@ def main() -> None:
     show("live teacher, plain loop", live, marks, evaluate(work / "live-loop", caches["held-out"]), "")
     again = live_losses(caches["train"], options.steps, work / "live-again", reverse=True)
     show("the same in reverse", again, marks, evaluate(work / "live-again", caches["held-out"]), "")
-    say_difference(again, live)
+    curves = {"plain loop": live, "reverse": again}
     for name, (cache, flags) in runs.items():
         out = work / name.replace(", ", "-").replace(" ", "-")
         pipeline(
@@ -70,16 +77,19 @@ def main() -> None:
         summary = json.loads((out / "run.json").read_text())["summary"]
         extra = f", {summary['teacher_forwards']}, {summary['bound_share']:.1%}"
         show(name, losses, marks, evaluate(out / "model", caches["held-out"]), extra)
-        say_difference(losses, live)
+        curves[name] = losses
+    say_differences(curves)
 
 
-def say_difference(losses: list[float], live: list[float]) -> None:
-    """How far the curves are apart, as shares of the plain loop's loss: they start alike and drift."""
-    apart = [abs(ours / theirs - 1) for ours, theirs in zip(losses, live, strict=True)]
-    marks = {mark: max(apart[:mark]) for mark in (1, 3, 10, len(apart))}
-    within = ", ".join(f"{difference:.1e} in {mark}" for mark, difference in marks.items())
-    mean = sum(losses[-20:]) / sum(live[-20:])
-    print(f"{'':<24}largest difference of a step's loss: {within} steps; mean of the last 20: {mean:.3f} of the loop's")
+def say_differences(curves: dict[str, list[float]]) -> None:
+    """How far two curves are apart: largest difference of a step's loss up to a step, as a share of it."""
+    marks = [1, 2, 5, 10, 20, 50, len(curves["plain loop"])]
+    print("largest difference of a step's loss, up to step  " + "".join(f"{mark:>9}" for mark in marks))
+    for name, other in COMPARED:
+        apart = [abs(ours / theirs - 1) for ours, theirs in zip(curves[name], curves[other], strict=True)]
+        print(f"{name + ', from ' + other:<49}" + "".join(f"{max(apart[:mark]):>9.1e}" for mark in marks))
+    for name, losses in curves.items():
+        print(f"mean loss of the last 20 steps: {name:<24}{sum(losses[-20:]) / 20:.3f}")
 
 
 def live_losses(cache: Path, num_steps: int, out: Path, *, reverse: bool = False) -> list[float]:
