@@ -62,7 +62,7 @@ def test_a_killed_dump_ends_with_the_same_bytes_and_scores_no_shard_twice(
 
     undisturbed = tmp_path / "undisturbed"
     assert pipeline(*command, undisturbed).code == 0
-    assert contents(killed) == contents(undisturbed)
+    assert differences(killed, undisturbed) == []
     assert pipeline("verify", killed).code == 0
 
 
@@ -85,7 +85,7 @@ def test_a_killed_run_resumes_to_the_same_weights_and_losses(
     assert resumed["loss"] == undisturbed["loss"]
     assert resumed["lookups"] == undisturbed["lookups"]
     assert losses(killed) == losses(tmp_path / "undisturbed")
-    assert contents(killed / "model") == contents(tmp_path / "undisturbed" / "model")
+    assert differences(killed / "model", tmp_path / "undisturbed" / "model") == []
     assert not (killed / "checkpoints").exists()
 
 
@@ -97,8 +97,19 @@ def test_resuming_a_finished_run_returns_its_summary(teacher_dir: Path, cache_di
     assert snapshot(tmp_path / "run") == before
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def differences(one: Path, other: Path) -> list[str]:
+    """The files that are not the same in both folders, each with the place of its first differing byte."""
+    files = {path.relative_to(folder) for folder in (one, other) for path in folder.rglob("*") if path.is_file()}
+    found = []
+    for name in sorted(files):
+        if not (one / name).exists() or not (other / name).exists():
+            found.append(f"{name} is in one alone")
+        elif (one / name).read_bytes() != (other / name).read_bytes():
+            pairs = zip((one / name).read_bytes(), (other / name).read_bytes(), strict=False)
+            place = next((place for place, (left, right) in enumerate(pairs) if left != right), "the end of one")
+            sizes = [(folder / name).stat().st_size for folder in (one, other)]
+            found.append(f"{name} differs from byte {place}; sizes {sizes}")
+    return found
 
 
 def losses(run_dir: Path) -> list[tuple[int, float, float]]:
