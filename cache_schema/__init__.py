@@ -8,9 +8,9 @@ from cache_schema.errors import (
     SequenceNotFoundError,
     StorageError,
 )
-from cache_schema.manifest import Manifest, Plan, Receipt, read_manifest
+from cache_schema.manifest import Manifest, Plan, Receipt, Sampling, read_manifest
 from cache_schema.reader import CacheReader
-from cache_schema.sequence import ScoredSequence, TokenSequence, TopKRows
+from cache_schema.sequence import SampledRows, ScoredSequence, TokenSequence, TopKRows
 from cache_schema.verify import verify
 from cache_schema.writer import ShardWriter
 
@@ -23,6 +23,8 @@ __all__ = [
     "Manifest",
     "Plan",
     "Receipt",
+    "SampledRows",
+    "Sampling",
     "ScoredSequence",
     "SequenceNotFoundError",
     "ShardWriter",

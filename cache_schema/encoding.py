@@ -9,7 +9,11 @@ and a scale of the channel, from the plan. A few channels are far larger than th
 scale; theirs is coarse, and a residual, a second int8, counts 254ths of their step. Every value is within half a step,
 of the residual where there is one.
 
-Letters used for shapes: P positions, K stored logits, D channels, C of them with a residual.
+Draws stand without their padding: all positions' ids one after the other, their counts beside them, and how many ids
+each position has.
+
+Letters used for shapes: P positions, K stored logits, U ids drawn at most at one position, D channels, C of them with a
+residual.
 """
 
 from dataclasses import dataclass
@@ -21,11 +25,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cache_schema.manifest import HiddenStates, Plan
+from cache_schema.sequence import SampledRows
 
 HIDDEN_COLUMN = "hidden_states"
 ROW_SCALE_COLUMN = "row_scale"
 RESIDUAL_COLUMN = "residuals"
 SCALAR_COLUMNS = ("tail_logsumexp", "label_logit", "row_mean", "row_std")
+DRAW_COLUMNS = ("num_ids", "token_ids", "counts")
 # numpy has no bfloat16: its 16 bits travel as an unsigned integer.
 HIDDEN_NUMPY_DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 _INT8_MAX = np.float32(127)
@@ -35,12 +41,20 @@ _SMALLEST_ROW_SCALE = np.float32(1e-19)
 
 
 def logit_columns(plan: Plan) -> tuple[str, ...]:
-    """Columns that hold ids and logits: on the grid, or exactly (``logit_step`` 0)."""
+    """Columns that hold ids and logits, on the grid or exactly (``logit_step`` 0); with sampling, ids and counts."""
+    if plan.sampling:
+        return DRAW_COLUMNS
     return ("token_ids", "top_logit_steps", "logit_drops") if plan.logit_step else ("token_ids", "logits")
+
+
+def scalar_columns(plan: Plan) -> tuple[str, ...]:
+    """Columns that hold one number a position, or one a temperature."""
+    return () if plan.sampling else SCALAR_COLUMNS
 
 
 def shard_schema(plan: Plan) -> pa.Schema:
     """One row per sequence; lists of P·K values are row-major [P, K]."""
+    types = {"logits": pa.float32(), "num_ids": pa.uint16(), "counts": pa.uint16()}
     fields = [
         pa.field("sequence_id", pa.binary(16), nullable=False),
         pa.field("source", pa.string(), nullable=False),
@@ -48,8 +62,8 @@ def shard_schema(plan: Plan) -> pa.Schema:
         pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False),
     ]
     for name in logit_columns(plan):
-        fields.append(pa.field(name, pa.list_(pa.float32() if name == "logits" else pa.int32()), nullable=False))
-    fields += [pa.field(name, pa.list_(pa.float32()), nullable=False) for name in SCALAR_COLUMNS]
+        fields.append(pa.field(name, pa.list_(types.get(name, pa.int32())), nullable=False))
+    fields += [pa.field(name, pa.list_(pa.float32()), nullable=False) for name in scalar_columns(plan)]
     return pa.schema(fields)
 
 
@@ -89,6 +103,35 @@ def from_steps(top: npt.NDArray[np.int32], drops: npt.NDArray[np.int32], step: f
     np.cumsum(steps, axis=1, out=steps)
     logits: npt.NDArray[np.float32] = np.multiply(steps, np.float32(step), dtype=np.float32)
     return logits
+
+
+def to_ragged(rows: SampledRows) -> dict[str, npt.NDArray[np.int32]]:
+    """``DRAW_COLUMNS`` of one sequence: how many ids each position has [P], and their ids and counts, one list each."""
+    drawn = rows.counts > 0
+    num_ids = drawn.sum(axis=1, dtype=np.int32)
+    return {"num_ids": num_ids, "token_ids": rows.token_ids[drawn], "counts": rows.counts[drawn]}
+
+
+def from_ragged(
+    num_ids: npt.NDArray[Any], token_ids: npt.NDArray[np.int32], counts: npt.NDArray[Any], num_positions: int
+) -> SampledRows:
+    """Undo ``to_ragged``.
+
+    Raises:
+        ValueError: the three do not belong together, or an id was drawn no time.
+    """
+    if len(num_ids) != num_positions or not (num_ids > 0).all():
+        raise ValueError(f"num_ids is not {num_positions} numbers above 0")
+    num_stored = int(num_ids.sum(dtype=np.int64))
+    if (len(token_ids), len(counts)) != (num_stored, num_stored):
+        raise ValueError(f"{len(token_ids)} token_ids and {len(counts)} counts are stored, num_ids says {num_stored}")
+    if not (counts > 0).all():
+        raise ValueError("counts holds a 0")
+    is_id = np.arange(num_ids.max(initial=0)) < num_ids[:, None]
+    padded = [np.zeros(is_id.shape, np.int32) for _ in range(2)]
+    for rows, stored in zip(padded, (token_ids, counts), strict=True):
+        rows[is_id] = stored
+    return SampledRows(*padded)
 
 
 @dataclass(frozen=True, eq=False)

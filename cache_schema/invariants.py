@@ -7,27 +7,70 @@ import numpy.typing as npt
 
 from cache_schema.encoding import HIDDEN_COLUMN, HIDDEN_NUMPY_DTYPES, all_finite
 from cache_schema.manifest import Plan
-from cache_schema.sequence import ScoredSequence
+from cache_schema.sequence import SampledRows, ScoredSequence, TopKRows
 
 
 def fault_in_rows(scored: ScoredSequence, plan: Plan) -> str | None:
-    """What a reader could not trust in ids, logits, tails and scalars, or None. Hidden states: ``fault_in_hidden``."""
+    """What a reader could not trust in ids and in what stands beside them, or None. Hidden states: see below."""
     sequence, rows = scored.sequence, scored.rows
     targets = sequence.target_rows(plan.positions)
     if len(targets) == 0:
         return "it has no target position"
-    expected = (len(targets), plan.top_k)
+    fault = _fault_in_ids("input_ids", sequence.input_ids, plan)
+    if fault:
+        return fault
+    labels = sequence.input_ids[targets + 1]
+    if plan.sampling is not None and isinstance(rows, SampledRows):
+        return _fault_in_draws(rows, len(targets), plan.sampling.draws, plan)
+    if plan.sampling is None and isinstance(rows, TopKRows):
+        return _fault_in_top_k(rows, labels, plan)
+    return f"its rows are {type(rows).__name__}, the plan's are {'draws' if plan.sampling else 'a top-k'}"
+
+
+def _fault_in_draws(rows: SampledRows, num_positions: int, draws: int, plan: Plan) -> str | None:
+    for name in ("token_ids", "counts"):
+        array: npt.NDArray[np.int32] = getattr(rows, name)
+        if array.ndim != 2 or array.shape != rows.token_ids.shape or len(array) != num_positions or not array.size:
+            return f"{name} is {array.shape}, the mask says {num_positions} positions"
+    ids, counts = rows.token_ids, rows.counts
+    fault = _fault_in_ids("token_ids", ids, plan)
+    if fault:
+        return fault
+    # Before the sum, which could hide a negative count behind a large one.
+    if counts.min() < 0 or not (counts.sum(axis=1, dtype=np.int64) == draws).all():
+        return f"counts of a position do not sum to the plan's {draws} draws"
+    drawn = counts > 0
+    if ids[~drawn].any() or not drawn[:, -1].any():
+        return "the padding is not id 0 to the longest position's number of ids"
+    less = counts[:, 1:] < counts[:, :-1]
+    tied = (counts[:, 1:] == counts[:, :-1]) & (ids[:, 1:] > ids[:, :-1])
+    if not (less | tied | ~drawn[:, 1:]).all():
+        return "ids are not in the order of their counts, ties by id"
+    ordered = np.sort(np.where(drawn, ids, -1), axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        return "a token id stands twice in one position"
+    return None
+
+
+def _fault_in_ids(name: str, ids: npt.NDArray[np.int32], plan: Plan) -> str | None:
+    vocab_size = plan.tokenizer.vocab_size
+    if ids.min() >= 0 and ids.max() < vocab_size:
+        return None
+    outside = ids.min() if ids.min() < 0 else ids.max()
+    return f"{name} holds {outside}, outside the vocabulary of {vocab_size}"
+
+
+def _fault_in_top_k(rows: TopKRows, labels: npt.NDArray[np.int32], plan: Plan) -> str | None:
+    expected = (len(labels), plan.top_k)
     shapes: dict[str, tuple[int, ...]] = {"token_ids": expected, "logits": expected}
     shapes["tail_logsumexp"] = (expected[0], len(plan.temperatures))
     shapes |= dict.fromkeys(("label_logit", "row_mean", "row_std"), expected[:1])
     for name, shape in shapes.items():
         if getattr(rows, name).shape != shape:
             return f"{name} is {getattr(rows, name).shape}, the plan and the mask say {shape}"
-    vocab_size = plan.tokenizer.vocab_size
-    for name, ids in (("input_ids", sequence.input_ids), ("token_ids", rows.token_ids)):
-        if ids.min() < 0 or ids.max() >= vocab_size:
-            outside = ids.min() if ids.min() < 0 else ids.max()
-            return f"{name} holds {outside}, outside the vocabulary of {vocab_size}"
+    fault = _fault_in_ids("token_ids", rows.token_ids, plan)
+    if fault:
+        return fault
     ordered = np.sort(rows.token_ids, axis=1)
     if (ordered[:, 1:] == ordered[:, :-1]).any():
         return "a token id stands twice in one position"
@@ -35,16 +78,15 @@ def fault_in_rows(scored: ScoredSequence, plan: Plan) -> str | None:
         if not np.isfinite(getattr(rows, name)).all():
             return f"{name} is not finite"
     # With K = V the tail is empty and its log-sum-exp is -inf; anything else must be a number.
-    empty_tail = (rows.tail_logsumexp == -np.inf) & (plan.top_k == vocab_size)
+    empty_tail = (rows.tail_logsumexp == -np.inf) & (plan.top_k == plan.tokenizer.vocab_size)
     if not (np.isfinite(rows.tail_logsumexp) | empty_tail).all():
         return "tail_logsumexp is not finite"
     if (rows.logits[:, 1:] > rows.logits[:, :-1]).any():
         return "logits increase"
-    return _fault_in_labels(scored, sequence.input_ids[targets + 1], plan)
+    return _fault_in_labels(rows, labels, plan)
 
 
-def _fault_in_labels(scored: ScoredSequence, labels: npt.NDArray[np.int32], plan: Plan) -> str | None:
-    rows = scored.rows
+def _fault_in_labels(rows: TopKRows, labels: npt.NDArray[np.int32], plan: Plan) -> str | None:
     # A stored logit is within half a step of the truth, the label's own is exact: they must agree where both stand.
     slack = plan.logit_step / 2 + 1e-5 * max(1.0, float(np.abs(rows.logits).max()))
     is_label = rows.token_ids == labels[:, None]

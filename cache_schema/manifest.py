@@ -128,6 +128,14 @@ class HiddenStates(Stored):
         return self
 
 
+class Sampling(Stored):
+    """How ids were drawn from the teacher's rows, where a cache stores draws and not a top-k."""
+
+    draws: int = Field(ge=1, le=2**16 - 1)
+    """Draws a position, with replacement, at temperature 1 over the whole vocabulary."""
+    seed: int = Field(ge=0, lt=2**63)
+
+
 class Plan(Stored):
     format_version: int = FORMAT_VERSION
     teacher: TeacherIdentity
@@ -137,7 +145,10 @@ class Plan(Stored):
     """None: the data set's own responses."""
     engine: Engine
     positions: Positions
-    top_k: int = Field(ge=1)
+    sampling: Sampling | None = None
+    """None: the top-k and its logits are stored."""
+    top_k: int = Field(ge=0)
+    """0 with ``sampling``, which stores no logits; ``logit_step`` is 0 then, and there are no temperatures."""
     logit_step: float = Field(ge=0)
     """Grid of the stored logits in nats: each is within half a step of the truth. 0 stores float32."""
     temperatures: tuple[float, ...]
@@ -154,6 +165,14 @@ class Plan(Stored):
         """Indexes, in data set order, of the sequences that ``shard`` holds."""
         first = shard * self.sequences_per_shard
         return range(first, min(first + self.sequences_per_shard, self.num_sequences))
+
+    @model_validator(mode="after")
+    def _top_k_or_draws(self) -> Self:
+        if self.sampling is None and self.top_k == 0:
+            raise ValueError("top_k is 0 in a cache without sampling: at least one logit of a position is stored")
+        if self.sampling is not None and (self.top_k, self.logit_step, self.temperatures) != (0, 0, ()):
+            raise ValueError("sampling stores no logits: top_k and logit_step must be 0, and temperatures empty")
+        return self
 
 
 class StoredFile(Stored):

@@ -17,11 +17,12 @@ from cache_schema.encoding import (
     HIDDEN_NUMPY_DTYPES,
     RESIDUAL_COLUMN,
     ROW_SCALE_COLUMN,
-    SCALAR_COLUMNS,
     Int8States,
     from_int8,
+    from_ragged,
     from_steps,
     hidden_schema,
+    scalar_columns,
     shard_schema,
     split_lists,
 )
@@ -247,12 +248,17 @@ class CacheReader(Sequence[ScoredSequence]):
         if sequence.sequence_id != sequence_id:
             raise ValueError(f"the tokens of sequence {sequence_id.hex()} have another id")
         num_positions = len(sequence.target_rows(plan.positions))
+        if plan.sampling:
+            drawn = from_ragged(values["num_ids"], values["token_ids"], values["counts"], num_positions)
+            return ScoredSequence(sequence, drawn, hidden_states=None)
         if plan.logit_step:
             drops = values["logit_drops"].reshape(num_positions, plan.top_k - 1)
             logits = from_steps(values["top_logit_steps"], drops, plan.logit_step)
         else:
             logits = values["logits"].reshape(num_positions, plan.top_k)
-        scalars = {name: values[name].reshape(num_positions) for name in SCALAR_COLUMNS if name != "tail_logsumexp"}
+        scalars = {
+            name: values[name].reshape(num_positions) for name in scalar_columns(plan) if name != "tail_logsumexp"
+        }
         rows = TopKRows(
             token_ids=values["token_ids"].reshape(num_positions, plan.top_k),
             logits=logits,

@@ -8,10 +8,12 @@ T tokens therefore has at most T - 1 targets, and ``loss_mask[0]`` can never be 
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from cache_schema.errors import CacheMismatchError
 
 Positions = Literal["response", "all"]
 """Which target rows a cache stores: those whose next token is trained, or every one."""
@@ -75,9 +77,50 @@ class TopKRows:
 
 
 @dataclass(frozen=True, eq=False)
+class SampledRows:
+    """What a cache stores of the teacher's row at P positions where ids are drawn from it: at most U of them differ."""
+
+    token_ids: npt.NDArray[np.int32]  # [P, U], the ids drawn, in the order (-count, id), then padded with 0
+    counts: npt.NDArray[np.int32]  # [P, U], how often each was drawn, 0 in the padding; a row sums to the plan's draws
+
+    @property
+    def num_positions(self) -> int:
+        return len(self.token_ids)
+
+
+Rows = TypeVar("Rows", TopKRows, SampledRows)
+
+
+@dataclass(frozen=True, eq=False)
 class ScoredSequence:
     """A sequence with what the teacher said at its target rows."""
 
     sequence: TokenSequence
-    rows: TopKRows
+    rows: TopKRows | SampledRows
     hidden_states: npt.NDArray[np.generic] | None  # [P, D]; bfloat16 as the uint16 of its bits
+
+    @property
+    def top_k_rows(self) -> TopKRows:
+        """The rows of a cache that stores a top-k.
+
+        Raises:
+            CacheMismatchError: this one stores draws.
+        """
+        return self._rows_of(TopKRows, "draws and no logits", "--sampling top-k (the default)")
+
+    @property
+    def sampled_rows(self) -> SampledRows:
+        """The rows of a cache that stores draws.
+
+        Raises:
+            CacheMismatchError: this one stores a top-k.
+        """
+        return self._rows_of(SampledRows, "a top-k and no draws", "--sampling random")
+
+    def _rows_of(self, kind: type[Rows], stored: str, wanted: str) -> Rows:
+        if isinstance(self.rows, kind):
+            return self.rows
+        raise CacheMismatchError(
+            f"sequence {self.sequence.sequence_id.hex()} is of a cache that stores {stored}: dump one with "
+            f"`pipeline teacher-dump {wanted}`."
+        )

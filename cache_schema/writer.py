@@ -14,13 +14,14 @@ from cache_schema.encoding import (
     HIDDEN_COLUMN,
     RESIDUAL_COLUMN,
     ROW_SCALE_COLUMN,
-    SCALAR_COLUMNS,
     hidden_schema,
     list_array,
     logit_columns,
+    scalar_columns,
     shard_schema,
     to_float32,
     to_int8,
+    to_ragged,
     to_steps,
 )
 from cache_schema.invariants import fault_in_hidden, fault_in_rows
@@ -63,7 +64,8 @@ class ShardWriter:
 
     def __enter__(self) -> "ShardWriter":
         grid_columns = [name for name in logit_columns(self._plan) if name != "logits"]
-        split = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in [*logit_columns(self._plan), *SCALAR_COLUMNS]}
+        numbers = [*logit_columns(self._plan), *scalar_columns(self._plan)]
+        split = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in numbers}
         try:
             self._open(
                 shard_name(self._shard),
@@ -163,7 +165,7 @@ class ShardWriter:
             num_tokens=self._num_tokens,
             num_positions=self._num_positions,
             logits_bytes=sum(sizes[name] for name in logit_columns(self._plan)),
-            scalar_bytes=sum(sizes[name] for name in SCALAR_COLUMNS),
+            scalar_bytes=sum(sizes[name] for name in scalar_columns(self._plan)),
             files=tuple(stored_file(self._cache_dir, name) for name in self._names),
         )
 
@@ -175,23 +177,36 @@ def stored_file(cache_dir: Path, name: str) -> StoredFile:
 
 def _table(group: list[ScoredSequence], plan: Plan) -> pa.Table:
     sequences = [scored.sequence for scored in group]
-    rows = [scored.rows for scored in group]
     columns: dict[str, pa.Array] = {
         "sequence_id": pa.array([sequence.sequence_id for sequence in sequences], pa.binary(16)),
         "source": pa.array([sequence.source for sequence in sequences], pa.string()),
         "input_ids": list_array([sequence.input_ids for sequence in sequences], pa.int32()),
         "loss_mask": list_array([sequence.loss_mask for sequence in sequences], pa.bool_()),
-        "token_ids": list_array([row.token_ids for row in rows], pa.int32()),
     }
+    columns |= _draw_columns(group, plan) if plan.sampling else _top_k_columns(group, plan)
+    return pa.table(columns, schema=shard_schema(plan))
+
+
+def _draw_columns(group: list[ScoredSequence], plan: Plan) -> dict[str, pa.Array]:
+    ragged, schema = [to_ragged(scored.sampled_rows) for scored in group], shard_schema(plan)
+    return {
+        name: list_array([columns[name] for columns in ragged], schema.field(name).type.value_type)
+        for name in logit_columns(plan)
+    }
+
+
+def _top_k_columns(group: list[ScoredSequence], plan: Plan) -> dict[str, pa.Array]:
+    rows = [scored.top_k_rows for scored in group]
+    columns = {"token_ids": list_array([row.token_ids for row in rows], pa.int32())}
     if plan.logit_step:
         steps = [to_steps(row.logits, plan.logit_step) for row in rows]
         columns["top_logit_steps"] = list_array([top for top, _ in steps], pa.int32())
         columns["logit_drops"] = list_array([drops for _, drops in steps], pa.int32())
     else:
         columns["logits"] = list_array([row.logits for row in rows], pa.float32())
-    for name in SCALAR_COLUMNS:
+    for name in scalar_columns(plan):
         columns[name] = list_array([getattr(row, name) for row in rows], pa.float32())
-    return pa.table(columns, schema=shard_schema(plan))
+    return columns
 
 
 def _hidden_table(scored: ScoredSequence, plan: Plan) -> pa.Table:

@@ -67,7 +67,11 @@ def teacher_dump(
     teacher: Annotated[str | None, typer.Option(help="Model folder or hub name.")] = None,
     data: Annotated[str | None, typer.Option(help="JSONL, Parquet, saved dataset folder, or hub dataset.")] = None,
     out: Annotated[Path | None, typer.Option(help="Cache directory to make, or to go on with.")] = None,
+    sampling: Annotated[
+        str | None, typer.Option(help="top-k (default), or random: draw ids from the teacher's softmax, for RS-KD.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Logits kept per position. [default: 64]")] = None,
+    draws: Annotated[int | None, typer.Option(help="With --sampling random: draws per position. [default: 50]")] = None,
     hidden_states: Annotated[
         bool | None,
         typer.Option("--hidden-states/--no-hidden-states", help="Keep what makes every lookup exact. [default: on]"),
@@ -85,7 +89,7 @@ def teacher_dump(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the dump would hold and stop.")] = False,
     json_output: Json = False,
 ) -> None:
-    """Run the teacher once over a data set and store its top-k logits and hidden states.
+    """Run the teacher once over a data set and store its top-k logits, or draws, and hidden states.
 
     Killed anywhere, the same command finishes the job; finished shards are not scored again.
 
@@ -101,7 +105,9 @@ def teacher_dump(
         "teacher.dtype": dtype,
         "data.path": data,
         "data.limit": limit,
+        "cache.sampling": sampling,
         "cache.top_k": top_k,
+        "cache.draws": draws,
         "cache.hidden_states": hidden_states,
         "cache.hidden_dtype": hidden_dtype,
         "cache.positions": positions,

@@ -17,6 +17,7 @@ from cache_schema.manifest import (
     receipt_name,
 )
 from cache_schema.reader import CacheReader
+from cache_schema.sequence import SampledRows, TopKRows
 from pipeline.lookups import NO_LOG, describe_log
 from workers.errors import InputError
 from workers.tokenizers import load_tokenizer
@@ -50,6 +51,7 @@ def describe(cache_dir: Path, lookups: Path | None = None) -> dict[str, Any]:
     return {
         "complete": complete,
         "format_version": plan.format_version,
+        "sampling": plan.sampling.model_dump() if plan.sampling else None,
         "top_k": plan.top_k,
         "positions": plan.positions,
         "num_sequences": sum(receipt.num_sequences for receipt in receipts),
@@ -70,7 +72,7 @@ def describe(cache_dir: Path, lookups: Path | None = None) -> dict[str, Any]:
             if hidden and hidden.dtype == "int8"
             else None
         ),
-        "max_logit_error": plan.logit_step / 2,
+        "max_logit_error": None if plan.sampling else plan.logit_step / 2,
         "temperatures": list(plan.temperatures),
         "teacher": {
             "name": plan.teacher.name,
@@ -91,6 +93,7 @@ def in_words(cache_dir: Path, facts: dict[str, Any]) -> str:
     state = (
         "finished" if facts["complete"] else f"NOT finished: {facts['finished_shards']} of {facts['num_shards']} shards"
     )
+    stored, columns = _rows_in_words(facts)
     wrote = "teacher-written" if facts["responses"] else "the data set's"
     lines = [
         f"{cache_dir}: {state}",
@@ -102,14 +105,25 @@ def in_words(cache_dir: Path, facts: dict[str, Any]) -> str:
         f"responses {wrote}",
         f"  content     {facts['num_sequences']:,} sequences, {facts['num_tokens']:,} tokens, "
         f"{facts['num_positions']:,} {facts['positions']} positions in {facts['num_shards']} shards",
-        f"  stored      top {facts['top_k']} logits within {facts['max_logit_error']:g} nat, tails at T = "
-        f"{', '.join(f'{t:g}' for t in facts['temperatures'])}, hidden states: "
-        f"{_hidden_in_words(facts)}",
-        f"  size        {human_bytes(facts['bytes'])}; per position {facts['bytes_per_position']} B ids and logits, "
-        f"{facts['scalar_bytes_per_position']} B scalars, {facts['hidden_bytes_per_position']} B hidden states",
+        f"  stored      {stored}, hidden states: {_hidden_in_words(facts)}",
+        f"  size        {human_bytes(facts['bytes'])}; per position {columns}, "
+        f"{facts['hidden_bytes_per_position']} B hidden states",
         *_log_in_words(facts),
     ]
     return "\n".join(lines)
+
+
+def _rows_in_words(facts: dict[str, Any]) -> tuple[str, str]:
+    """What is stored of a position, and the bytes it takes."""
+    num_bytes = facts["bytes_per_position"]
+    if facts["sampling"]:
+        draws, seed = facts["sampling"]["draws"], facts["sampling"]["seed"]
+        return f"{draws:,} draws from each softmax, seed {seed}", f"{num_bytes} B ids and counts"
+    return (
+        f"top {facts['top_k']} logits within {facts['max_logit_error']:g} nat, tails at T = "
+        f"{', '.join(f'{t:g}' for t in facts['temperatures'])}",
+        f"{num_bytes} B ids and logits, {facts['scalar_bytes_per_position']} B scalars",
+    )
 
 
 def _log_in_words(facts: dict[str, Any]) -> list[str]:
@@ -155,7 +169,8 @@ def _read_plan(cache_dir: Path) -> Plan:
 
 
 def describe_sequence(cache_dir: Path, which: str) -> dict[str, Any]:
-    """One sequence by id (32 hex digits) or index: its tokens and the teacher's five best at each stored position."""
+    """One sequence by id (32 hex digits) or index: its tokens and, at each stored position, the teacher's five best, or
+    the five ids drawn most often."""
     reader = CacheReader(cache_dir)
     try:
         index = int(which) if len(which) < 32 else reader.index_of(bytes.fromhex(which))
@@ -169,16 +184,17 @@ def describe_sequence(cache_dir: Path, which: str) -> dict[str, Any]:
     def text(token_id: int) -> str:
         return str(tokenizer.decode([int(token_id)]))
 
-    sequence, rows = scored.sequence, scored.rows
+    sequence = scored.sequence
     positions = []
     for place, row in enumerate(sequence.target_rows(reader.plan.positions).tolist()):
-        best = zip(rows.token_ids[place, :5].tolist(), rows.logits[place, :5].tolist(), strict=True)
+        label = int(sequence.input_ids[row + 1])
+        said, best = _said(scored.rows, place, label)
         positions.append(
             {
                 "position": row,
-                "next": text(sequence.input_ids[row + 1]),
-                "label_logit": float(rows.label_logit[place]),
-                "teacher": [{"token": text(token), "id": token, "logit": logit} for token, logit in best],
+                "next": text(label),
+                **said,
+                "teacher": [{"token": text(entry["id"]), **entry} for entry in best],
             }
         )
     return {
@@ -191,9 +207,24 @@ def describe_sequence(cache_dir: Path, which: str) -> dict[str, Any]:
     }
 
 
+def _said(rows: TopKRows | SampledRows, place: int, label: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Of one stored position: what the teacher says of the label, and its leading ids."""
+    ids = rows.token_ids[place].tolist()
+    if isinstance(rows, TopKRows):
+        logits = zip(ids[:5], rows.logits[place, :5].tolist(), strict=True)
+        return {"label_logit": float(rows.label_logit[place])}, [{"id": id_, "logit": logit} for id_, logit in logits]
+    counts = {id_: count for id_, count in zip(ids, rows.counts[place].tolist(), strict=True) if count}
+    return {"label_count": counts.get(label, 0)}, [{"id": id_, "count": counts[id_]} for id_ in list(counts)[:5]]
+
+
 def sequence_in_words(shown: dict[str, Any]) -> str:
     lines = [f"sequence {shown['index']}, {shown['sequence_id']}, {shown['num_tokens']} tokens", shown["text"], ""]
     for position in shown["positions"]:
-        best = "  ".join(f"{entry['token']!r} {entry['logit']:.2f}" for entry in position["teacher"])
-        lines.append(f"{position['position']:>5}  {position['next']!r:<16} {position['label_logit']:>7.2f}   {best}")
+        if "label_count" in position:
+            label = f"{position['label_count']:>7}"
+            best = "  ".join(f"{entry['token']!r} {entry['count']}" for entry in position["teacher"])
+        else:
+            label = f"{position['label_logit']:>7.2f}"
+            best = "  ".join(f"{entry['token']!r} {entry['logit']:.2f}" for entry in position["teacher"])
+        lines.append(f"{position['position']:>5}  {position['next']!r:<16} {label}   {best}")
     return "\n".join(lines)

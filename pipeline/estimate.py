@@ -54,6 +54,11 @@ def estimate(config: DumpConfig, intent: Intent) -> dict[str, Any]:
     Raises:
         InputError, CacheError: what ``teacher-dump`` and ``distill`` would refuse.
     """
+    if config.cache.sampling == "random":
+        raise InputError(
+            "estimate measures what each K of a top-k costs and misses, and --sampling random stores draws: leave "
+            "cache.sampling out, or see the size of the draws with `pipeline teacher-dump --sampling random --dry-run`."
+        )
     # The pilot keeps hidden states whatever the dump is to keep: they are half of the question.
     config = config.model_copy(update={"cache": config.cache.model_copy(update={"hidden_states": True})})
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as name:

@@ -31,6 +31,7 @@ def evaluate_model(model: str, cache_dir: Path, device_name: str, lookups: Path 
     if not model:
         raise InputError("the model's name is empty: give a model folder or a hub name.")
     reader = CacheReader(cache_dir)
+    require_top_k(reader)
     device = resolve_device(device_name)
     model_directory(model)
     check_same_vocabulary(load_tokenizer(str(reader.tokenizer_dir)), load_tokenizer(model))
@@ -41,8 +42,26 @@ def evaluate_model(model: str, cache_dir: Path, device_name: str, lookups: Path 
     return measure(loaded, reader, device, str(lookups) if lookups else None)
 
 
+def require_top_k(reader: CacheReader) -> None:
+    """Refuse a cache that stores draws: which ids are the teacher's highest does not stand in it.
+
+    Raises:
+        InputError: it does.
+    """
+    if reader.plan.sampling:
+        raise InputError(
+            f"{reader.cache_dir} stores draws, and a model is evaluated by the teacher's top-k: dump the held-out data "
+            f"with `pipeline teacher-dump --sampling top-k` (the default)."
+        )
+
+
 def measure(model: Any, reader: CacheReader, device: torch.device, lookups_dir: str | None) -> dict[str, Any]:
-    """A loaded model against a held-out cache. A log that cannot be read costs the KL and no more."""
+    """A loaded model against a held-out cache. A log that cannot be read costs the KL and no more.
+
+    Raises:
+        InputError: the cache stores draws.
+    """
+    require_top_k(reader)
     try:
         ladder = ladder_of_whole_rows(reader, device, lookups_dir)
     except (CacheError, OSError) as error:

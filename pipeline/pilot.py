@@ -146,7 +146,8 @@ def narrowed(
     scored: ScoredSequence, top_k: int, temperatures: Sequence[float], stored_temperatures: Sequence[float]
 ) -> ScoredSequence:
     """The same rows as a dump of fewer ids, and of some of the temperatures, would have stored them."""
-    rows, logits_PK = scored.rows, torch.tensor(scored.rows.logits)
+    rows = scored.top_k_rows
+    logits_PK = torch.tensor(rows.logits)
     tails = []
     for temperature in temperatures:
         tail_P = torch.tensor(rows.tail_logsumexp[:, stored_temperatures.index(temperature)])

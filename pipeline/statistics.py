@@ -1,6 +1,6 @@
 """``pipeline inspect --stats``: what a finished cache's K holds, what it misses, and what each column takes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from workers.errors import InputError
 from workers.evaluate.misses import TOP_KS, Misses, mass_outside, measure_misses
 from workers.lookup.config import LookupConfig
 from workers.lookup.opening import Asked, Source, open_log, source_of_misses
-from workers.losses.catalogue import LOSSES
+from workers.losses.bild import DEFAULT_K
 from workers.teacher.checkpoint import (
     context_length,
     model_directory,
@@ -30,7 +30,7 @@ from workers.teacher.checkpoint import (
 )
 from workers.tokenizers import check_same_vocabulary, load_tokenizer
 
-STUDENT_K = int(LOSSES["bild"].parameters["k"].default)
+STUDENT_K = DEFAULT_K
 """Leading ids of the student that are looked up: the default of the losses that look them up."""
 
 
@@ -45,6 +45,8 @@ def statistics(
 ) -> dict[str, Any]:
     """Bytes by column, exact; the mass outside each K and, given a student, its misses, on a sample of sequences.
 
+    A cache that stores draws has no K: of it, bytes and the ids drawn a position, exact.
+
     Args:
         lookups: where the lookup log is, if it is not the one in the cache.
 
@@ -54,15 +56,23 @@ def statistics(
     """
     reader = CacheReader(cache_dir)
     plan, device = reader.plan, resolve_device(device_name)
+    if plan.sampling and student is not None:
+        raise InputError(
+            f"--student: misses are counted outside a stored top-k, and {cache_dir} stores draws: leave it out, or "
+            f"give a cache dumped with --sampling top-k (the default)."
+        )
     stored_ks = sorted({min(top_k, plan.top_k) for top_k in TOP_KS} | {plan.top_k})
     sample = evenly_spread(len(reader), sample_sequences)
     facts: dict[str, Any] = {
         "columns": column_bytes(reader),
         "sample": {"sequences": len(sample), "indexes": sample},
+        "ids_per_position": None,
         "mass_outside": None,
         "misses": None,
         "one_epoch": None,
     }
+    if plan.sampling:
+        facts["ids_per_position"] = round(_num_values(reader, "token_ids") / reader.manifest.num_positions, 2)
     if 1.0 in plan.temperatures:
         logits_NK, tail_N = stored_logits(reader, sample)
         facts["mass_outside"] = by_top_k(mass_outside(logits_NK, tail_N, stored_ks))
@@ -121,7 +131,7 @@ def require_student(student: str, layers: Sequence[int] | None, tokenizer: Any, 
 
 def stored_logits(reader: CacheReader, indexes: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and the tail's log-sum-exp at temperature 1 of all stored positions of some sequences. [N, K] and [N]"""
-    rows = [reader[index].rows for index in indexes]
+    rows = [reader[index].top_k_rows for index in indexes]
     place = reader.plan.temperatures.index(1.0)
     tails = np.concatenate([row.tail_logsumexp[:, place] for row in rows])
     return torch.from_numpy(np.concatenate([row.logits for row in rows])), torch.from_numpy(tails)
@@ -133,10 +143,22 @@ def column_bytes(reader: CacheReader) -> dict[str, int]:
     Raises:
         CacheCorruptError: a footer cannot be read; names the file.
     """
+    sizes: dict[str, int] = {}
+    for name, column in _columns(reader):
+        sizes[name] = sizes.get(name, 0) + column.total_compressed_size
+    return sizes
+
+
+def _num_values(reader: CacheReader, wanted: str) -> int:
+    """Numbers in all lists of a column, none of which is empty, over all shards."""
+    return sum(column.num_values for name, column in _columns(reader) if name == wanted)
+
+
+def _columns(reader: CacheReader) -> Iterator[tuple[str, Any]]:
+    """Each column of each row group with what the footer says of it."""
     names = [shard_name(receipt.shard) for receipt in reader.manifest.receipts]
     if reader.has_hidden_states:
         names += [hidden_name(receipt.shard) for receipt in reader.manifest.receipts]
-    sizes: dict[str, int] = {}
     for name in names:
         path = reader.cache_dir / name
         try:
@@ -148,9 +170,7 @@ def column_bytes(reader: CacheReader) -> dict[str, int]:
         for group in range(metadata.num_row_groups):
             for index in range(metadata.num_columns):
                 column = metadata.row_group(group).column(index)
-                top_level = column.path_in_schema.split(".")[0]
-                sizes[top_level] = sizes.get(top_level, 0) + column.total_compressed_size
-    return sizes
+                yield column.path_in_schema.split(".")[0], column
 
 
 def by_top_k(values: dict[int, float]) -> dict[str, float]:

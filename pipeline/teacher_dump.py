@@ -18,6 +18,7 @@ from cache_schema.manifest import (
     Generation,
     HiddenStates,
     Plan,
+    Sampling,
     TokenizerIdentity,
     read_json,
 )
@@ -37,6 +38,10 @@ from workers.tokenizers import chat_template_fingerprint, load_tokenizer, tokeni
 # Bytes an id and a logit take together in a shard, measured on instruction text; for the size said before the dump.
 _BYTES_PER_ENTRY = 2.4
 _SCALARS = 5
+# The same for 50 draws of a position: ids that differ, and how they grow with the draws, from 20 to 1,000 of them.
+_IDS_OF_50_DRAWS = 12.3
+_IDS_BY_DRAWS = 0.63
+_BYTES_PER_DRAWN_ID = 2.2
 _DEFAULT_MAX_TOKENS = 2048
 
 
@@ -60,7 +65,10 @@ def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
     directory = model_directory(config.teacher.model)
     tokenizer = load_tokenizer(str(directory))
     vocabulary = vocab_size(tokenizer)
-    if config.cache.top_k > vocabulary:
+    sampling = None
+    if config.cache.sampling == "random":
+        sampling = Sampling(draws=config.cache.draws, seed=config.cache.sample_seed)
+    elif config.cache.top_k > vocabulary:
         raise InputError(f"--top-k {config.cache.top_k} is more than the vocabulary of {vocabulary}: lower it.")
     max_tokens = _max_tokens(config, context_length(directory))
     data = _read(config, tokenizer, max_tokens)
@@ -89,9 +97,10 @@ def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
         responses=_generation(config, directory, tokenizer),
         engine=_engine(config, device, cache_dir),
         positions=config.cache.positions,
-        top_k=config.cache.top_k,
-        logit_step=config.cache.logit_step,
-        temperatures=config.cache.temperatures,
+        sampling=sampling,
+        top_k=0 if sampling else config.cache.top_k,
+        logit_step=0.0 if sampling else config.cache.logit_step,
+        temperatures=() if sampling else config.cache.temperatures,
         hidden_states=hidden,
         num_sequences=len(data.sequences),
         sequences_per_shard=config.cache.sequences_per_shard,
@@ -132,10 +141,18 @@ def expected_size(prepared: Prepared) -> dict[str, Any]:
         "num_shards": plan.num_shards,
         "num_positions": num_positions,
         "positions_are_exact": plan.responses is None,
-        "logits_bytes": round(num_positions * (plan.top_k * _BYTES_PER_ENTRY + 4 * _SCALARS)),
+        "draws": plan.sampling.draws if plan.sampling else None,
+        "logits_bytes": round(num_positions * _row_bytes_per_position(plan)),
         "hidden_bytes": hidden,
         "hidden_dtype": plan.hidden_states.dtype if plan.hidden_states else None,
     }
+
+
+def _row_bytes_per_position(plan: Plan) -> float:
+    if plan.sampling is None:
+        return plan.top_k * _BYTES_PER_ENTRY + 4 * _SCALARS
+    num_ids: float = _IDS_OF_50_DRAWS * (plan.sampling.draws / 50) ** _IDS_BY_DRAWS
+    return min(num_ids, plan.sampling.draws, plan.tokenizer.vocab_size) * _BYTES_PER_DRAWN_ID
 
 
 def _hidden_bytes_per_position(hidden: HiddenStates) -> int:

@@ -69,6 +69,9 @@ def statistics_in_words(cache: dict[str, Any]) -> str:
     lines = ["columns, all shards"]
     for name, size in facts["columns"].items():
         lines.append(f"  {name:<16} {human_bytes(size):>9} {size / cache['num_positions']:>9.2f} B a position")
+    if facts["ids_per_position"] is not None:
+        draws = cache["sampling"]["draws"]
+        return "\n".join([*lines, f"{facts['ids_per_position']:,.2f} ids a position among {draws:,} draws"])
     lines.append(
         f"on {facts['sample']['sequences']:,} of {cache['num_sequences']:,} sequences, spread evenly over the cache"
     )

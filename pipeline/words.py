@@ -10,17 +10,22 @@ def size_in_words(size: dict[str, Any]) -> str:
     about = "" if size["positions_are_exact"] else "at most "
     lines = [
         f"{size['num_sequences']:,} sequences, {about}{size['num_positions']:,} positions, {size['num_shards']} shards",
-        f"  logits         about {human_bytes(size['logits_bytes'])}",
+        f"  {'draws ' if size['draws'] else 'logits'}         about {human_bytes(size['logits_bytes'])}",
     ]
     if size["hidden_bytes"]:
         int8 = size["hidden_dtype"] == "int8"
+        without = (
+            "a loss on the draws alone needs none (--no-hidden-states)"
+            if size["draws"]
+            else "without them (--no-hidden-states) every student that looks outside the top k needs the teacher again"
+        )
         lines.append(
             f"  hidden states  {'at most ' if int8 else about}{human_bytes(size['hidden_bytes'])}"
-            f"{' as int8' if int8 else ''}; without them (--no-hidden-states) every student that looks outside the "
-            f"top k needs the teacher again"
+            f"{' as int8' if int8 else ''}; {without}"
         )
     else:
-        lines.append("  hidden states  none: students that look outside the top k will need the teacher again")
+        outside = "ask for more than the draws" if size["draws"] else "look outside the top k"
+        lines.append(f"  hidden states  none: students that {outside} will need the teacher again")
     return "\n".join(lines)
 
 
@@ -36,7 +41,7 @@ def report_in_words(cache_dir: Path, report: dict[str, Any]) -> str:
     if report["ok"]:
         log = f", and {report['log_files']:,} files of the lookup log" if report["log_files"] else ""
         return (
-            f"{cache_dir}: ok. {human_bytes(report['checked_bytes'])} hashed, every row checked, top-k of "
+            f"{cache_dir}: ok. {human_bytes(report['checked_bytes'])} hashed, every row checked, those of "
             f"{report['recomputed_sequences']} sequences made again from hidden states and head{log}"
         )
     lines = [f"{cache_dir}: {len(report['errors'])} errors"]

@@ -2,13 +2,14 @@
 
 import dataclasses
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 from safetensors.numpy import save_file
 
-from cache_schema import Manifest, Plan, Receipt, ScoredSequence, ShardWriter, TokenSequence, TopKRows
+from cache_schema import Manifest, Plan, Receipt, SampledRows, ScoredSequence, ShardWriter, TokenSequence, TopKRows
 from cache_schema.manifest import (
     LM_HEAD_NAME,
     MANIFEST_NAME,
@@ -37,7 +38,9 @@ def make_plan(
     positions="response",
     num_sequences=7,
     sequences_per_shard=4,
+    sampling=None,
 ):
+    """Return a plan; one with ``sampling`` has no top-k, whatever the other settings say."""
     return Plan(
         teacher=TeacherIdentity(
             name="tiny/teacher",
@@ -61,9 +64,10 @@ def make_plan(
             name="transformers", device="cpu", num_threads=2, tokens_per_batch=4096, versions={"torch": "2.0.0"}
         ),
         positions=positions,
-        top_k=top_k,
-        logit_step=logit_step,
-        temperatures=temperatures,
+        sampling=sampling,
+        top_k=0 if sampling else top_k,
+        logit_step=0.0 if sampling else logit_step,
+        temperatures=() if sampling else temperatures,
         hidden_states=HiddenStates(dtype=hidden_dtype, size=hidden_size) if hidden_dtype else None,
         num_sequences=num_sequences,
         sequences_per_shard=sequences_per_shard,
@@ -71,7 +75,10 @@ def make_plan(
 
 
 def make_scored(plan, rng, num_tokens=None, scale=8.0):
-    """Return a sequence with the top k, tails and moments of a random row of V logits per target position."""
+    """Return a sequence with the top k, tails and moments of a random row of V logits per target position.
+
+    With ``sampling``, with draws from it instead.
+    """
     num_tokens = num_tokens or int(rng.integers(2, 30))
     vocab_size = plan.tokenizer.vocab_size
     loss_mask = rng.random(num_tokens) < 0.6
@@ -79,6 +86,10 @@ def make_scored(plan, rng, num_tokens=None, scale=8.0):
     sequence = TokenSequence(rng.integers(0, vocab_size, num_tokens, dtype=np.int32), loss_mask, source="rows.jsonl")
     targets = sequence.target_rows(plan.positions)
     logits = (scale * rng.standard_normal((len(targets), vocab_size))).astype(np.float32)  # [P, V]
+    if plan.sampling:
+        return ScoredSequence(
+            sequence, _draws(logits, plan.sampling.draws, rng), _hidden_states(plan, rng, len(targets))
+        )
     order = np.argsort(-logits, axis=1, kind="stable")
     top, rest = order[:, : plan.top_k], order[:, plan.top_k :]
     return ScoredSequence(
@@ -163,6 +174,18 @@ def content(directory):
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def _draws(logits, draws, rng):
+    """Return ids and counts as they are defined, position by position. [P, V] -> [P, U] each"""
+    probabilities = np.exp(logits - logits.max(axis=1, keepdims=True)).astype(np.float64)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    positions = [Counter(rng.choice(logits.shape[1], draws, p=row).tolist()) for row in probabilities]
+    padded = np.zeros((2, len(positions), max(map(len, positions))), np.int32)
+    for place, counts in enumerate(positions):
+        by_count = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+        padded[:, place, : len(counts)] = np.array(by_count).T
+    return SampledRows(*padded)
 
 
 def _logsumexp(logits, temperatures):

@@ -59,6 +59,7 @@ PLAN_JSON = """{
     }
   },
   "positions": "response",
+  "sampling": null,
   "top_k": 8,
   "logit_step": 0.015625,
   "temperatures": [

@@ -61,7 +61,7 @@ class LiveTeacher:
 def off_stored_logits(reader: CacheReader, index: int, hidden_PD: Tensor, head: LMHead) -> tuple[float, float]:
     """How far a sequence's stored logits are from those of hidden states a teacher gave anew, and what rounding
     explains, in nats."""
-    rows, plan = reader[index].rows, reader.plan
+    rows, plan = reader[index].top_k_rows, reader.plan
     hidden_PD = hidden_PD.to(head.weight_VD.device)
     ids_PK = torch.from_numpy(rows.token_ids.astype(np.int64)).to(hidden_PD.device)
     with torch.no_grad():

@@ -31,7 +31,13 @@ class DataConfig(_Section):
 
 
 class CacheConfig(_Section):
+    sampling: Literal["top-k", "random"] = "top-k"
+    """What is stored of each teacher row: the highest logits, or ids drawn from its softmax (for RS-KD)."""
     top_k: int = Field(64, ge=1)
+    draws: int = Field(50, ge=1, le=2**16 - 1)
+    """With ``random``: draws per position; 50 give about 12 ids."""
+    sample_seed: int = Field(0, ge=0, le=10**9)
+    """With ``random``: of the draws."""
     positions: Positions = "response"
     hidden_states: bool = True
     hidden_dtype: Literal["int8"] | None = None
@@ -50,6 +56,23 @@ class CacheConfig(_Section):
         if 0 < step < 1 / 4096:
             raise ValueError(f"a step of {step:g} is finer than float32 keeps large logits: give 0 to store float32")
         return step
+
+    @model_validator(mode="after")
+    def _nothing_of_the_other_sampling(self) -> Self:
+        random = self.sampling == "random"
+        meaningless = ("top_k", "logit_step", "temperatures") if random else ("draws", "sample_seed")
+        given = " and ".join(key for key in meaningless if key in self.model_fields_set)
+        if given and random:
+            raise ValueError(
+                f"--sampling random (sampling=random) stores draws and no logits, so {given} can mean nothing: leave "
+                f"out one or the other"
+            )
+        if given:
+            raise ValueError(
+                f"only --sampling random (sampling=random) draws ids, so {given} can mean nothing: give it too, or "
+                f"leave {given} out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _nothing_to_store_as_int8(self) -> Self:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,11 +32,12 @@ from cache_schema.manifest import (
     shard_name,
     write_json,
 )
-from cache_schema.sequence import ScoredSequence, TokenSequence, TopKRows
+from cache_schema.sequence import SampledRows, ScoredSequence, TokenSequence, TopKRows
 from cache_schema.storage import discard_leftovers, exclusive, is_leftover, publish_directory
 from cache_schema.writer import ShardWriter, stored_file
 from workers.teacher.int8 import measure_int8
 from workers.teacher.lm_head import LMHead, save_head, score
+from workers.teacher.sampling import counted, draw, uniforms
 from workers.teacher.teacher import Teacher
 
 Progress = Callable[[int, int], None]
@@ -213,13 +215,35 @@ def _respond(
 def score_batch(
     plan: Plan, batch: Sequence[TokenSequence], states: Sequence[Tensor], head: LMHead
 ) -> list[ScoredSequence]:
-    """Logits, tails and statistics at the target rows of a batch, all of them in one call and one copy a column.
+    """What the plan stores of the target rows of a batch, all of them in one call and one copy a column.
 
     Args:
         states: hidden states at each sequence's target rows. [P_i, D] each
     """
-    labels = np.concatenate([sequence.input_ids[sequence.target_rows(plan.positions) + 1] for sequence in batch])
     hidden_ND = torch.cat(list(states))
+    # Where each sequence's rows end and the next one's begin.
+    borders = np.cumsum([len(hidden_PD) for hidden_PD in states])[:-1]
+    rows: Sequence[TopKRows | SampledRows]
+    if plan.sampling is None:
+        rows = _top_k_rows(plan, batch, hidden_ND, borders, head)
+    else:
+        uniforms_NS = torch.from_numpy(np.concatenate([uniforms(sequence, plan) for sequence in batch]))
+        with torch.inference_mode():
+            drawn_NS = draw(head, hidden_ND, uniforms_NS.to(hidden_ND.device))
+        rows = [counted(drawn_PS) for drawn_PS in np.split(drawn_NS.cpu().numpy(), borders)]
+    if plan.hidden_states is None:
+        return [ScoredSequence(sequence, part, None) for sequence, part in zip(batch, rows, strict=True)]
+    # numpy has no bfloat16; its bits travel as uint16.
+    bits = hidden_ND.view(torch.uint16) if hidden_ND.dtype == torch.bfloat16 else hidden_ND
+    stored = np.split(bits.cpu().numpy(), borders)
+    return [ScoredSequence(*parts) for parts in zip(batch, rows, stored, strict=True)]
+
+
+def _top_k_rows(
+    plan: Plan, batch: Sequence[TokenSequence], hidden_ND: Tensor, borders: npt.NDArray[np.int64], head: LMHead
+) -> list[TopKRows]:
+    """Top-k logits, tails and statistics, one ``TopKRows`` a sequence."""
+    labels = np.concatenate([sequence.input_ids[sequence.target_rows(plan.positions) + 1] for sequence in batch])
     labels_N = torch.from_numpy(labels).long().to(hidden_ND.device)
     with torch.inference_mode():
         top = score(head, hidden_ND, labels_N, plan.top_k, plan.temperatures)
@@ -231,16 +255,8 @@ def score_batch(
         "row_mean": top.row_mean_N,
         "row_std": top.row_std_N,
     }
-    # Where each sequence's rows end and the next one's begin.
-    borders = np.cumsum([len(hidden_PD) for hidden_PD in states])[:-1]
     split = {name: np.split(column.cpu().numpy(), borders) for name, column in columns.items()}
-    rows = [TopKRows(**dict(zip(split, parts, strict=True))) for parts in zip(*split.values(), strict=True)]
-    if plan.hidden_states is None:
-        return [ScoredSequence(sequence, part, None) for sequence, part in zip(batch, rows, strict=True)]
-    # numpy has no bfloat16; its bits travel as uint16.
-    bits = hidden_ND.view(torch.uint16) if hidden_ND.dtype == torch.bfloat16 else hidden_ND
-    stored = np.split(bits.cpu().numpy(), borders)
-    return [ScoredSequence(*parts) for parts in zip(batch, rows, stored, strict=True)]
+    return [TopKRows(**dict(zip(split, parts, strict=True))) for parts in zip(*split.values(), strict=True)]
 
 
 def _is_finished(cache_dir: Path, shard: int) -> bool:
