@@ -49,8 +49,9 @@ def bare(hidden: Tensor, weight: Tensor, teacher_ids: Tensor, teacher_logits: Te
 
 
 def bild(teacher_t: Tensor, student_t: Tensor, teacher_s: Tensor, student_s: Tensor) -> Tensor:
-    targets = Targets(TopK(teacher_t, student_t), TopK(teacher_s, student_s))
-    return LOSSES["bild"].values(targets, {"k": K, "temperature": TEMPERATURE}).mean()
+    ids = torch.empty(0, K)  # the loss itself never looks at them
+    targets = Targets(TopK(ids, teacher_t, student_t), TopK(ids, teacher_s, student_s))
+    return LOSSES["bild"].values(targets, k=K, temperature=TEMPERATURE).mean()
 
 
 VARIANTS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]] = {

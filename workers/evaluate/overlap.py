@@ -76,7 +76,7 @@ def _measure(
         loss_C = F.cross_entropy(student_CV, labels_C, reduction="none")
         kl_C = torch.zeros_like(loss_C)
         if ladder is not None:
-            kl_C = kl_divergence(ladder.rows(positions, chunk), student_CV)
+            kl_C = kl_divergence(ladder.rows(positions, chunk).log_softmax(1), student_CV.log_softmax(1))
         student_ids_CK = exact_top_k(student_CV, max(overlap_ks))[1]
         teacher_ids_CK = positions.token_ids_NK[chunk]
         overlaps = [overlap_at(k, teacher_ids_CK, student_ids_CK) for k in overlap_ks]

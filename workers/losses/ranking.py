@@ -1,0 +1,158 @@
+"""Losses on the order in which the models rank the ids at the top.
+
+Shape suffixes: N = positions, K = the teacher's leading ids, U = both models' leading ids, P = pairs, V = vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from workers.losses.loss import Loss, Parameter, leading_of, stored_of
+from workers.losses.targets import Targets
+
+
+def soft_rank(values_NU: Tensor, valid_NU: Tensor, eps: float) -> Tensor:
+    """Blondel et al. 2020's differentiable ranks of the valid values, 1 for the lowest; any number elsewhere. [N, U]
+
+    values / eps projected on the permutahedron of (n, ..., 1), n the valid values of the row. Neighbours further apart
+    than eps have hard ranks, and no gradient; values that are all close have ranks that move linearly.
+    """
+    scaled_NU = values_NU / eps
+    order_NU = torch.where(valid_NU, scaled_NU, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    sorted_NU = scaled_NU.gather(1, order_NU)
+    num_valid_N1 = valid_NU.sum(1, keepdim=True)
+    place_U = torch.arange(values_NU.shape[1], device=values_NU.device)
+    gap_NU = sorted_NU - (num_valid_N1 - place_U)
+    block_NU = _blocks(torch.where(place_U < num_valid_N1, gap_NU.detach(), -1e9))
+    ranks_NU = sorted_NU - _block_means(gap_NU, block_NU)
+    return torch.empty_like(ranks_NU).scatter(1, order_NU, ranks_NU)
+
+
+def _blocks(gap_NU: Tensor) -> Tensor:
+    """Which values the best non-increasing fit pools, as ascending numbers of blocks: [N, U]
+
+    By the min-max formula: the fit at r is the least, over the starts up to r, of the greatest mean up to an end from
+    r on. All rows at once, in O(U^2), where pooling neighbours one by one would be a loop over rows.
+    """
+    size = gap_NU.shape[1]
+    sums_NU = F.pad(gap_NU, (1, 0)).cumsum(1)
+    place_U = torch.arange(size, device=gap_NU.device)
+    length_UU = place_U.unsqueeze(0) - place_U.unsqueeze(1) + 1  # [start, end]
+    mean_NUU = (sums_NU[:, None, 1:] - sums_NU[:, :-1, None]) / length_UU.clamp_min(1)
+    mean_NUU = mean_NUU.masked_fill(length_UU < 1, -torch.inf)
+    greatest_NUU = mean_NUU.flip(2).cummax(2).values.flip(2)  # [start, r]: the greatest mean of an end from r on
+    greatest_NUU = greatest_NUU.masked_fill(length_UU < 1, torch.inf)
+    fit_NU = greatest_NUU.amin(1)
+    return F.pad((fit_NU[:, 1:] != fit_NU[:, :-1]).long(), (1, 0)).cumsum(1)
+
+
+def _block_means(values_NU: Tensor, block_NU: Tensor) -> Tensor:
+    """Each value's block's mean. [N, U]"""
+    sums_NU = torch.zeros_like(values_NU).scatter_add(1, block_NU, values_NU)
+    sizes_NU = torch.zeros_like(values_NU).scatter_add(1, block_NU, torch.ones_like(values_NU))
+    return sums_NU.gather(1, block_NU) / sizes_NU.gather(1, block_NU)
+
+
+def rank_loss(targets: Targets, *, k: int, eps: float, **_: object) -> Tensor:
+    """1 - correlation of both models' soft ranks over the union of their top-k; 0 where a model ranks all alike."""
+    led, own = targets.teacher_first(k), targets.student_first(k)
+    repeated_NK = (own.ids_NK.unsqueeze(2) == led.ids_NK.unsqueeze(1)).any(2)
+    valid_NU = torch.cat([torch.ones_like(led.ids_NK, dtype=torch.bool), ~repeated_NK], dim=1)
+    ranks = (
+        soft_rank(torch.cat([led.teacher_NK, own.teacher_NK], dim=1), valid_NU, eps),
+        soft_rank(torch.cat([led.student_NK, own.student_NK], dim=1), valid_NU, eps),
+    )
+    size_N1 = valid_NU.sum(1, keepdim=True)
+    teacher_NU, student_NU = (
+        torch.where(valid_NU, rank_NU - (rank_NU * valid_NU).sum(1, keepdim=True) / size_N1, 0.0) for rank_NU in ranks
+    )
+    spread_N = teacher_NU.square().sum(1) * student_NU.square().sum(1)
+    alike_N = spread_N <= torch.finfo(spread_N.dtype).eps
+    correlation_N = (teacher_NU * student_NU).sum(1) / torch.where(alike_N, 1.0, spread_N).sqrt()
+    return torch.where(alike_N, 0.0, 1.0 - correlation_N)
+
+
+def overlap(teacher_ids_NK: Tensor, student_ids_NK: Tensor) -> Tensor:
+    """The share of k ids that both models lead with, as RLKD's dynamic factor. float32 [N]"""
+    return (student_ids_NK.unsqueeze(2) == teacher_ids_NK.unsqueeze(1)).any(2).float().mean(1)
+
+
+def _pairs(leading_NK: Tensor, logsumexp_N: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The pairs a < b of the teacher's order: columns of a and b [P], p_a - p_b [N, P], and which count [N, P]."""
+    first_P, second_P = torch.triu_indices(leading_NK.shape[1], leading_NK.shape[1], 1, device=leading_NK.device)
+    p_NK = (leading_NK - logsumexp_N.unsqueeze(1)).exp()
+    lead_NP = p_NK[:, first_P] - p_NK[:, second_P]
+    return first_P, second_P, lead_NP, (lead_NP > eps) & (p_NK[:, second_P] > eps)
+
+
+def num_pairs(leading_NK: Tensor, logsumexp_N: Tensor, *, k: int, eps: float, **_: object) -> Tensor:
+    """How many pairs of the teacher's top-k it tells apart. [N]"""
+    return _pairs(leading_NK[:, :k], logsumexp_N, eps)[3].sum(1)
+
+
+def _logsumexp(targets: Targets) -> Tensor:
+    assert targets.teacher_led is not None
+    return torch.logaddexp(targets.teacher_led.teacher_NK.logsumexp(1), targets.tails[1.0])
+
+
+def logistic_ranking(targets: Targets, *, k: int, eps: float) -> Tensor:
+    led = targets.teacher_first(k)
+    first_P, second_P, _, counts_NP = _pairs(led.teacher_NK, _logsumexp(targets), eps)
+    lead_NP = led.student_NK[:, first_P] - led.student_NK[:, second_P]
+    return (F.softplus(-lead_NP) * counts_NP).sum(1)
+
+
+def hinge(targets: Targets, *, k: int, margin: float | None, eps: float) -> Tensor:
+    led = targets.teacher_first(k)
+    first_P, second_P, lead_NP, counts_NP = _pairs(led.teacher_NK, _logsumexp(targets), eps)
+    q_NK = (led.student_NK - targets.student_row().logsumexp(1, keepdim=True)).exp()
+    wanted_NP = lead_NP if margin is None else margin
+    return (F.relu(wanted_NP - (q_NK[:, first_P] - q_NK[:, second_P])) * counts_NP).sum(1)
+
+
+def _tells_apart(default: float) -> Parameter:
+    return Parameter(default, "least probability, and least difference of two, that counts as the teacher's", 0.0, 1.0)
+
+
+LOSSES = (
+    Loss(
+        "rank_loss",
+        rank_loss,
+        frozenset({"top_k", "lookups"}),
+        "RLKD (Peng et al. 2025), eq. 1",
+        "the order of both models' peaks; beside a logit loss, as 2*rank_loss+kl",
+        {
+            "k": leading_of(5, 2, " of each model; 15 where it stands alone"),
+            "eps": Parameter(1.0, "logit distance from which two ranks are hard", minimum=1e-6),
+            "dynamic": Parameter(
+                False, "multiply the other losses of the sum by the share of the top-k that both models lead with"
+            ),
+        },
+        student_led=True,
+    ),
+    Loss(
+        "logistic_ranking",
+        logistic_ranking,
+        frozenset({"top_k", "logsumexp"}),
+        "DistillKit, logistic ranking",
+        "the order of the teacher's top-k pair by pair, whatever the distances",
+        {"k": stored_of(64, 256), "eps": _tells_apart(1e-9)},
+        weights=num_pairs,
+    ),
+    Loss(
+        "hinge",
+        hinge,
+        frozenset({"top_k", "logsumexp"}),
+        "DistillKit, hinge ranking",
+        "the same with a margin in probability, so that pairs far enough apart rest",
+        {
+            "k": stored_of(64, 256),
+            "margin": Parameter(
+                None, "distance in probability that is enough; none asks for the teacher's", 0.0, 1.0, optional="float"
+            ),
+            "eps": _tells_apart(1e-8),
+        },
+        student_row=True,
+        weights=num_pairs,
+    ),
+)
