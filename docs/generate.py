@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from typer.main import get_command
 
 from pipeline.cli import app
+from pipeline.losses import facts_of_losses, range_in_words
 from workers.distill.config import DistillConfig
 from workers.losses.catalogue import LOSSES
 from workers.teacher.config import DumpConfig
@@ -259,23 +260,25 @@ def _cell(text: str) -> str:
 def _losses() -> Iterator[str]:
     yield (
         "## Losses\n\n"
-        "`loss.name` and `prompt_loss.name` choose one; its parameters stand beside the name. What a loss needs of the "
-        "teacher decides what the cache must hold: `top_k` is in every cache, while `lookups` (its logits at the "
-        "student's own leading ids) and `full_row` (its logits at every id) take stored hidden states or `teacher`. "
-        "[Lookups](../explanation/lookups.md) explains why.\n"
+        "`loss.name` and `prompt_loss.name` choose one, or a sum: `bild+0.5*sft`. A parameter stands beside the name "
+        "(`loss.k`), or, where several losses of a sum have it, in its loss's table (`loss.bild.k`). What a loss needs "
+        "of the teacher decides what the cache must hold: `top_k` is in every cache but one of draws, `logsumexp` at "
+        "the temperatures of its plan; `lookups` (the teacher's logits at the student's own leading ids) and "
+        "`full_row` (its logits at every id) take stored hidden states or `teacher`; `samples` a cache of `--sampling "
+        "random`. [Losses](../explanation/losses.md) says how to choose, [lookups](../explanation/lookups.md) what "
+        "answers them. `pipeline losses` prints this list.\n"
     )
     lines = ["| name | needs | source | reason |", "|---|---|---|---|"]
     for loss in LOSSES.values():
         needs = ", ".join(f"`{need}`" for need in sorted(loss.needs)) or "nothing"
         lines.append(f"| `{loss.name}` | {needs} | {_cell(loss.source)} | {_cell(loss.reason)} |")
     yield "\n".join(lines) + "\n"
-    lines = ["| loss | parameter | default | least | meaning |", "|---|---|---|---|---|"]
-    for loss in LOSSES.values():
-        for name, parameter in loss.parameters.items():
-            least = "" if isinstance(parameter.default, bool) else f"{parameter.minimum:g}"
-            lines.append(
-                f"| `{loss.name}` | `{name}` | `{_toml(parameter.default)}` | {least} | {_cell(parameter.meaning)} |"
-            )
+    lines = ["| loss | parameter | default | range | meaning |", "|---|---|---|---|---|"]
+    for facts in facts_of_losses(None):
+        for name, parameter in facts["parameters"].items():
+            default = "unset" if parameter["default"] is None else f"`{_toml(parameter['default'])}`"
+            allowed = range_in_words(parameter).removeprefix("; ").removeprefix("one of ")
+            lines.append(f"| `{facts['name']}` | `{name}` | {default} | {allowed} | {_cell(parameter['meaning'])} |")
     yield "\n".join(lines) + "\n"
 
 

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from pipeline.cli_cache import compact, estimate, inspect, teacher_dump, verify
-from pipeline.cli_student import distill, evaluate
+from pipeline.cli_student import distill, evaluate, losses
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run the teacher once, distill as many students as you like from disk.",
 )
-for command in (estimate, teacher_dump, inspect, verify, compact, distill, evaluate):
+for command in (estimate, teacher_dump, inspect, verify, compact, losses, distill, evaluate):
     app.command()(command)
 
 _INTERRUPTED = 130  # what typer exits with on Ctrl-C: 128 + SIGINT

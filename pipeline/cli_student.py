@@ -1,4 +1,4 @@
-"""The commands on students: distill, evaluate."""
+"""The commands on students: losses, distill, evaluate."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,20 @@ import typer
 from pipeline.options import ConfigFile, Device, Json, Settings, layers_of, log_at, required, show, weights_of
 
 
+def losses(
+    name: Annotated[str | None, typer.Argument(help="Tell this one in full.", show_default=False)] = None,
+    json_output: Json = False,
+) -> None:
+    """List the losses: what each needs of a cache, where it comes from, why to choose it.
+
+    Example: pipeline losses tail_gjsd
+    """
+    from pipeline.losses import facts_of_losses, losses_in_words
+
+    facts = facts_of_losses(name)
+    show({"losses": facts}, json_output, lambda: losses_in_words(facts))
+
+
 def distill(
     cache: Annotated[
         list[str] | None, typer.Option(help="The cache to train from; several, each with its own --cache, are mixed.")
@@ -15,7 +29,9 @@ def distill(
     student: Annotated[str | None, typer.Option(help="Model folder or hub name.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory to make, or to go on with.")] = None,
     student_layers: Annotated[str | None, typer.Option(help="Keep these layers of it, for instance 0,3,6.")] = None,
-    loss: Annotated[str | None, typer.Option(help="bild (default), t_ld, s_ld, kl, rkl, topk_kl or sft.")] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="From `pipeline losses`, or a sum: bild+0.5*sft. [default: bild]")
+    ] = None,
     prompt_loss: Annotated[str | None, typer.Option(help="A loss for the prompt; needs --positions all.")] = None,
     teacher: Annotated[str | None, typer.Option(help="For lookups a cache without hidden states misses.")] = None,
     on_miss: Annotated[

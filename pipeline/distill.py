@@ -20,6 +20,7 @@ from workers.device import device_name, resolve_device
 from workers.distill.checkpoint import FOLDER, save_checkpoint
 from workers.distill.checks import asked_of, check, needs_lookups
 from workers.distill.config import DistillConfig
+from workers.distill.loss_config import LossConfig
 from workers.distill.order import ORDER_VERSION
 from workers.distill.train import Training, num_steps_of, order_of, prepare
 from workers.errors import InputError
@@ -78,7 +79,7 @@ def expected_work(config: DistillConfig, readers: Sequence[CacheReader]) -> dict
         "sequences_in_cache": sum(len(reader) for reader in readers),
         "positions_in_cache": sum(reader.manifest.num_positions for reader in readers),
         "sequences_per_epoch": list(order.quotas),
-        "loss": {"name": config.loss.name, **_loss_parameters(config, readers)},
+        "loss": {"name": config.loss.name, **_parameters_in_full(config.loss, readers)},
         "lookups_from": ", ".join(dict.fromkeys(sources)),
     }
 
@@ -103,7 +104,7 @@ def _train(training: Training, record: RunRecord, eval_reader: CacheReader | Non
                 step["eval"] = _evaluate(training, eval_reader)
             record.append(metrics, step)
             if done % config.checkpoint_every == 0 or done == training.num_steps:
-                save_checkpoint(record.run_dir, done, training.student, training.optimizer)
+                save_checkpoint(record.run_dir, done, training.student, training.optimizer, training.moving)
             progress(done, training.num_steps)
 
 
@@ -137,7 +138,7 @@ def _made_of(
         "manifest_sha256": [reader.manifest_sha256 for reader in readers],
         "eval_manifest_sha256": eval_reader.manifest_sha256 if eval_reader else None,
         "student_fingerprint": identity_of(config.student, None).fingerprint,
-        "loss_parameters": _loss_parameters(config, readers),
+        "loss_parameters": _parameters_in_full(config.loss, readers),
         "order_version": ORDER_VERSION,
         "device": device_name(device),
         "versions": {
@@ -148,8 +149,11 @@ def _made_of(
     }
 
 
-def _loss_parameters(config: DistillConfig, readers: Sequence[CacheReader]) -> dict[str, Any]:
-    return config.loss.parameters(min(reader.plan.top_k for reader in readers))
+def _parameters_in_full(loss: LossConfig, readers: Sequence[CacheReader]) -> dict[str, Any]:
+    """Every parameter of a loss; of a sum, a table of them for each."""
+    top_k, vocab_size = min(reader.plan.top_k for reader in readers), readers[0].plan.tokenizer.vocab_size
+    tables: dict[str, Any] = {summand.loss.name: summand.parameters(top_k, vocab_size) for summand in loss.summands}
+    return tables if len(tables) > 1 else tables.popitem()[1]
 
 
 def _save_model(training: Training, record: RunRecord) -> None:

@@ -16,7 +16,7 @@ from tests.conftest import dump
 from tests.test_bad_input import refused
 from tests.tiny import CHATML, tiny_tokenizer
 from tests.tiny_models import save_tiny_llama, save_tiny_model
-from workers.distill import student as student_module
+from workers.distill import student_loss as student_loss_module
 
 
 def distill(cache: Path, student: Path, out: Path, *options: object) -> Result:
@@ -130,9 +130,9 @@ def test_bf16_runs_the_head_in_bf16(
     cache_dir: Path, teacher_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    original = student_module.student_top_k
+    original = student_loss_module.student_top_k
     monkeypatch.setattr(
-        student_module,
+        student_loss_module,
         "student_top_k",
         lambda head, hidden, k: (seen.append(hidden.dtype), original(head, hidden, k))[1],
     )

@@ -50,6 +50,13 @@ def uneven(values):
     return (values * torch.linspace(-2, 3, values.numel(), dtype=values.dtype).view_as(values)).sin().sum() * 1.7
 
 
+@pytest.fixture(params=["gathered", "dense"], autouse=True)
+def way(request, monkeypatch):
+    """Rows of the head gathered one by one, or all multiplied, which so small a head would always choose."""
+    monkeypatch.setattr(lm_head, "_DENSE_PRODUCTS_PER_GATHER", 0 if request.param == "gathered" else 10**9)
+    return request.param
+
+
 @pytest.fixture(params=["one chunk", "a row a chunk", "uneven chunks"])
 def chunked(request, monkeypatch):
     """Run the test in chunks of different sizes: the bytes are those of 4 positions of logits_at, of 2 of row_loss."""
@@ -111,22 +118,21 @@ def test_a_run_repeats_bit_for_bit():
     for _ in range(3):
         head, hidden, ids = problem(200, 40, 24, 16, bias=True, dtype=torch.float32)
         chosen = logits_at(head, hidden, ids)
-        values = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1), 0.3)[0]
+        values = row_loss(head, hidden, lambda logits, rows: 0.3 * logits.logsumexp(1)[None])[0]
         runs.append([chosen, values, *gradients(uneven(chosen) + values, head, hidden)])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-def whole_row_loss(name, head, hidden, teacher, labels, weight):
-    """Through row_loss: the sum and the values."""
-    params = {key: parameter.default for key, parameter in LOSSES[name].parameters.items()}
+def whole_row_loss(name, head, hidden, teacher, labels, weights, spans=None):
+    """Through row_loss, once for each weight: the sum of all, and each one's."""
 
     def values_of(student, rows):
-        return LOSSES[name].values(
-            Targets(student_row_NV=student, teacher_row_NV=teacher[rows], labels_N=labels[rows]), params
-        )
+        targets = Targets(student_row_NV=student, teacher_row_NV=teacher[rows], labels_N=labels[rows])
+        values = LOSSES[name].values(targets, **LOSSES[name].defaults())
+        return torch.stack([weight * values for weight in weights])
 
-    return row_loss(head, hidden, values_of, weight)
+    return row_loss(head, hidden, values_of, spans)
 
 
 def plain_values(name, student, teacher, labels):
@@ -146,11 +152,12 @@ def test_a_loss_on_whole_rows_and_its_gradients_are_the_dense_ones(name, options
     generator = torch.Generator().manual_seed(5)
     teacher = torch.randn(13, 57, generator=generator, dtype=torch.float64) * 3
     labels = torch.randint(57, (13,), generator=generator)
-    total, values = whole_row_loss(name, head, hidden, teacher, labels, 0.37)
+    total, sums = whole_row_loss(name, head, hidden, teacher, labels, [0.07, 0.3])
     expected = plain_values(name, dense_logits(head, hidden), teacher, labels)
-    torch.testing.assert_close(values, expected.detach(), rtol=1e-11, atol=1e-12)
+    each = torch.stack([0.07 * expected.sum(), 0.3 * expected.sum()]).detach()
+    torch.testing.assert_close(sums, each, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(total, expected.sum() * 0.37, rtol=1e-11, atol=1e-12)
-    assert not values.requires_grad
+    assert not sums.requires_grad
     # Not the last node, and an upstream gradient that is not one.
     torch.testing.assert_close(
         gradients(total.square() * -2.5, head, hidden),
@@ -162,25 +169,25 @@ def test_a_loss_on_whole_rows_and_its_gradients_are_the_dense_ones(name, options
 
 def test_no_rows_have_a_zero_loss_that_backpropagates():
     head, hidden, _ = problem(num_positions=0, bias=True)
-    total, values = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1), 1.0)
+    total, sums = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1)[None])
     assert float(total.detach()) == 0
-    assert values.shape == (0,)
+    assert sums.tolist() == [0]
     assert not any(gradient.any() for gradient in gradients(total, head, hidden))
 
 
 def test_without_gradients_there_are_values_alone():
     head, hidden, _ = problem()
     with torch.no_grad():
-        total, values = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1), 2.0)
-    torch.testing.assert_close(values, dense_logits(head, hidden).logsumexp(1).detach())
+        total, sums = row_loss(head, hidden, lambda logits, rows: 2.0 * logits.logsumexp(1)[None])
+    torch.testing.assert_close(sums[0], 2.0 * dense_logits(head, hidden).logsumexp(1).sum().detach())
     assert not total.requires_grad
-    assert float(total) == pytest.approx(2 * float(values.sum()))
+    assert float(total) == pytest.approx(float(sums.sum()))
 
 
 def test_a_frozen_head_still_hands_the_gradient_down():
     head, hidden, ids = problem()
     frozen = LMHead(head.weight_VD.detach())
-    total = row_loss(frozen, hidden, lambda logits, rows: logits.logsumexp(1), 1.0)[0]
+    total = row_loss(frozen, hidden, lambda logits, rows: logits.logsumexp(1)[None])[0]
     expected = dense_logits(frozen, hidden)
     for ours, theirs in (
         (total, expected.logsumexp(1).sum()),
@@ -196,7 +203,7 @@ def test_a_frozen_head_still_hands_the_gradient_down():
 
 def test_a_second_backward_of_a_row_loss_is_an_error():
     head, hidden, _ = problem()
-    total = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1), 1.0)[0]
+    total = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1)[None])[0]
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward only"):
         total.backward()
@@ -217,7 +224,7 @@ def test_a_gradient_of_the_gradient_is_an_error(which):
     if which == "chosen":
         loss = logits_at(head, hidden, ids).square().sum()
     else:
-        loss = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1), 1.0)[0].square()
+        loss = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1)[None])[0].square()
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -238,7 +245,7 @@ def test_tied_embeddings_get_both_gradients():
         atol=1e-12,
     )
     torch.testing.assert_close(
-        tied(lambda hidden: row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1), 1.0)[0]),
+        tied(lambda hidden: row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1)[None])[0]),
         tied(lambda hidden: dense_logits(head, hidden).logsumexp(1).sum()),
         rtol=1e-11,
         atol=1e-12,
@@ -304,7 +311,7 @@ def test_the_whole_logits_never_exist(monkeypatch, which):
         if which == "chosen":
             loss = logits_at(head, hidden, student_top_k(head, hidden, 8)).sum()
         else:
-            loss = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1), 1.0)[0]
+            loss = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1)[None])[0]
         loss.backward()
     assert largest.num_elements <= 40 * vocab_size  # the chunk, far below the 1,200,000 of [N, V]
     with LargestTensor() as dense:

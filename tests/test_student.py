@@ -20,7 +20,9 @@ from transformers import (
 from tests.tiny import tiny_tokenizer
 from tests.tiny_cache import CPU, dump_tiny_cache, random_sequences
 from tests.tiny_models import build_tiny_model, save_tiny_llama, save_tiny_model
-from workers.distill.student import StudentLoss, Term, keep_layers, load_student
+from workers.distill.student import keep_layers, load_student
+from workers.distill.student_loss import StudentLoss
+from workers.distill.terms import Term
 from workers.errors import InputError
 from workers.lookup.batch import collate
 from workers.lookup.opening import stored_ladder
@@ -126,6 +128,12 @@ def test_a_student_is_loaded_in_float32_and_in_training_mode(tmp_path):
     assert len(load_student(folder, None, gradient_checkpointing=False).model.layers) == 4
 
 
+@pytest.fixture(autouse=True)
+def gathered(monkeypatch):
+    """Rows of the head are gathered one by one, as where the vocabulary is large."""
+    monkeypatch.setattr(lm_head, "_DENSE_PRODUCTS_PER_GATHER", 0)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A teacher, its cache of all positions with logits stored exactly, and the cache's sequences."""
@@ -150,9 +158,8 @@ def build_student(name="llama, tied"):
     return build_tiny_model(tiny_tokenizer(), family, seed=7, **{"num_hidden_layers": 2, **config})
 
 
-def term(name, part="response", **params):
-    defaults = {key: parameter.default for key, parameter in LOSSES[name].parameters.items()}
-    return Term(part, LOSSES[name], defaults | params)
+def term(name, part="response", weight=1.0, **params):
+    return Term(part, LOSSES[name], LOSSES[name].defaults() | params, weight)
 
 
 TERMS = {
@@ -167,15 +174,25 @@ TERMS = {
     "rkl": [term("rkl")],
     "sft": [term("sft")],
     "bild and kl on the prompt": [term("bild"), term("kl", "prompt", temperature=1.0)],
+    "a sum": [term("bild", k=5), term("sft", weight=0.5), term("tail_gjsd", k=6, weight=2.0), term("topk_kl", k=8)],
+    **{
+        f"{name}, by its defaults": [term(name, **({"k": 8} if "k" in loss.parameters else {}))]
+        for name, loss in LOSSES.items()
+        if not loss.joint and "samples" not in loss.needs  # what dense logits have no counterpart of
+    },
 }
 
 
-def module_of(tiny, model, terms, *, autocast=False):
-    return StudentLoss(model, [stored_ladder(tiny.reader, CPU)], terms, vocab_size=VOCAB_SIZE, autocast=autocast)
+def module_of(tiny, model, *, autocast=False):
+    return StudentLoss(model, [stored_ladder(tiny.reader, CPU)], vocab_size=VOCAB_SIZE, autocast=autocast)
 
 
 def parts_of(terms):
-    return [term.part for term in terms]
+    return list(dict.fromkeys(term.part for term in terms))
+
+
+def for_step(terms, batches):
+    return [term.for_step(batches) for term in terms]
 
 
 def gradients(model):
@@ -186,12 +203,11 @@ def gradients(model):
 
 def step(tiny, model, terms, splits, **options):
     """One optimizer step's loss, shares and gradients, in micro-batches of these cache indexes."""
-    module = module_of(tiny, model, terms, **options)
+    module = module_of(tiny, model, **options)
     batches = [collate(tiny.reader, indexes, parts_of(terms), CPU) for indexes in splits]
-    counts = {part: sum(batch.num_positions(part) for batch in batches) for part in parts_of(terms)}
     total, shares = 0.0, 0.0
     for batch in batches:
-        loss, share = module(batch, counts)
+        loss, share = module(batch, for_step(terms, batches))
         loss.backward()
         total, shares = total + float(loss.detach()), shares + share.double()
     return total, shares, gradients(model)
@@ -214,7 +230,8 @@ def reference(tiny, model, teacher, terms, indexes, *, autocast=False):
             labels.append(input_ids[wanted])
         rows = [torch.cat(part) for part in (student_rows, teacher_rows, labels)]
         mask = torch.ones(len(rows[2]))
-        total = total + dense_loss(term.loss.name, rows[0], rows[1], mask, labels=rows[2], **term.params)
+        value = dense_loss(term.loss.name, rows[0], rows[1], mask, labels=rows[2], prompt_mask=0 * mask, **term.params)
+        total = total + term.weight * value
     total.backward()
     return float(total.detach()), gradients(model)
 
@@ -257,13 +274,59 @@ def test_every_architecture_s_head_is_trained_as_the_model_would_train_it(tiny, 
 
 
 @pytest.mark.parametrize("splits", [[[0, 1, 2], [3, 4, 5, 6]], [[6], [0, 1, 2, 3, 4, 5]], [[i] for i in range(7)]])
-@pytest.mark.parametrize("name", ["bild", "kl", "sft", "bild and kl on the prompt"])
-def test_micro_batch_size_changes_memory_not_the_training(tiny, name, splits):
+@pytest.mark.parametrize(
+    "terms",
+    [
+        TERMS["bild"],
+        TERMS["kl"],
+        TERMS["sft"],
+        TERMS["bild and kl on the prompt"],
+        TERMS["a sum"],
+        [term("logistic_ranking", k=8)],
+        [term("hinge", k=8)],
+        [term("sinkd", rows=5, coef=1.0)],
+        [term("rank_loss", k=3, dynamic=True), term("gjsd"), term("t_ld", k=5)],
+    ],
+    ids=lambda terms: "+".join(term.loss.name for term in terms),
+)
+def test_micro_batch_size_changes_memory_not_the_training(tiny, terms, splits):
     model = build_student()
-    whole = step(tiny, model, TERMS[name], [range(7)])
-    split = step(tiny, model, TERMS[name], splits)
+    whole = step(tiny, model, terms, [range(7)])
+    split = step(tiny, model, terms, splits)
     assert relative_error((split[0], split[2]), (whole[0], whole[2])) < 1e-4
     torch.testing.assert_close(split[1], whole[1], rtol=1e-5, atol=1e-7)
+
+
+def test_the_dynamic_factor_is_the_share_of_common_ids(tiny):
+    model, index, k = build_student(), 6, 8
+    rank, other = term("rank_loss", k=k, dynamic=True), term("sft")
+    batch = collate(tiny.reader, [index], ["response"], CPU)
+    positions = batch.parts["response"]
+    rows = model(batch.input_ids_BT).logits[0, positions.token_of_N, :VOCAB_SIZE]
+    own = rows.topk(k).indices.tolist()
+    shares = [len(set(led) & set(top)) / k for led, top in zip(positions.token_ids_NK.tolist(), own, strict=True)]
+    assert 0 < sum(shares) < len(shares)
+    values = torch.nn.functional.cross_entropy(rows, positions.labels_N, reduction="none")
+    expected = (values * torch.tensor(shares)).mean()
+    found = step(tiny, model, [rank, other], [[index]])[1][1]
+    torch.testing.assert_close(found.float(), expected.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_sinkd_compares_positions_of_one_sequence_with_each_other(tiny):
+    model, terms = build_student(), [term("sinkd", rows=4)]
+    batch = collate(tiny.reader, range(7), ["response"], CPU)
+    positions, values = batch.parts["response"], []
+    logits = model(batch.input_ids_BT).logits
+    with torch.no_grad():
+        teacher = tiny.teacher(batch.input_ids_BT).logits
+    for row in range(7):
+        columns = positions.token_of_N[positions.sequence_of_N == row]
+        for group in columns.split(4):
+            mask = torch.ones(len(group))
+            values.append(dense_loss("sinkd", logits[row, group], teacher[row, group], mask))
+    total = step(tiny, model, terms, [range(7)])[0]
+    assert len(values) > 7
+    assert total == pytest.approx(float(torch.stack(values).mean().detach()), rel=1e-5)
 
 
 def test_a_token_weighs_the_same_in_a_short_sequence_as_in_a_long_one(tiny):
@@ -281,14 +344,14 @@ def test_a_token_weighs_the_same_in_a_short_sequence_as_in_a_long_one(tiny):
 @pytest.mark.parametrize("name", ["bild", "kl", "sft"])
 def test_what_stands_in_the_padding_changes_nothing(tiny, name):
     model, terms = build_student(), TERMS[name]
-    module, batch = module_of(tiny, model, terms), collate(tiny.reader, [0, 3, 6], ["response"], CPU)
+    module, batch = module_of(tiny, model), collate(tiny.reader, [0, 3, 6], ["response"], CPU)
     lengths = torch.tensor([tiny.reader[index].sequence.num_tokens for index in (0, 3, 6)])
     wide = torch.randint(VOCAB_SIZE, (3, batch.input_ids_BT.shape[1] + 9), generator=torch.manual_seed(0))
     inside = torch.arange(wide.shape[1]) < lengths.unsqueeze(1)
     wide[inside] = batch.input_ids_BT[inside[:, : batch.input_ids_BT.shape[1]]]
     found = []
     for padded in (batch, dataclasses.replace(batch, input_ids_BT=wide)):
-        loss = module(padded, {"response": 10})[0]
+        loss = module(padded, for_step(terms, [batch]))[0]
         loss.backward()
         found.append((float(loss.detach()), gradients(model)))
     assert relative_error(found[1], found[0]) < 1e-4
@@ -305,8 +368,8 @@ def test_chunks_of_the_head_change_memory_not_the_training(tiny, monkeypatch, na
 
 def test_lookups_are_counted_for_the_ids_the_student_leads_with(tiny):
     model, batch = build_student(), collate(tiny.reader, range(7), ["response"], CPU)
-    module = module_of(tiny, model, TERMS["bild"])
-    module(batch, {"response": 1})
+    module = module_of(tiny, model)
+    module(batch, TERMS["bild"])
     counts, forwards = module._ladders[0].take_counts()
     assert sum(counts.values()) == 8 * batch.num_positions("response")
     assert counts["cached"] + counts["hidden"] == sum(counts.values())
@@ -324,9 +387,8 @@ def test_a_part_without_positions_is_a_zero_that_backpropagates(tiny):
         },
     )
     for terms in (TERMS["bild"], TERMS["sft"]):
-        loss, shares = module_of(tiny, model, terms)(
-            dataclasses.replace(batch, parts={"response": nothing}), {"response": 0}
-        )
+        empty = dataclasses.replace(batch, parts={"response": nothing})
+        loss, shares = module_of(tiny, model)(empty, for_step(terms, [empty]))
         loss.backward()
         assert float(loss.detach()) == float(shares.sum()) == 0.0
         assert not any(gradient.any() for gradient in gradients(model).values())

@@ -35,6 +35,8 @@ def sort_by_logit(values_NK: Tensor, ids_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 def find_ids(ids_NK: Tensor, values_NK: Tensor, wanted_NM: Tensor) -> tuple[Tensor, Tensor]:
     """Look ids up among those of their row: whether each is there, and its value (any, where it is not). [N, M] each"""
+    if ids_NK.shape[1] == 0:
+        return torch.zeros_like(wanted_NM, dtype=torch.bool), values_NK.new_zeros(wanted_NM.shape)
     sorted_NK, order_NK = ids_NK.sort(dim=1)
     place_NM = torch.searchsorted(sorted_NK, wanted_NM.contiguous()).clamp_(max=ids_NK.shape[1] - 1)
     found_NM = sorted_NK.gather(1, place_NM) == wanted_NM

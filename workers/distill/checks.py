@@ -4,14 +4,15 @@ from cache_schema.errors import CacheCorruptError, CacheMismatchError
 from cache_schema.manifest import LM_HEAD_NAME, hidden_name
 from cache_schema.reader import CacheReader
 from cache_schema.remote import local_copy
-from workers.distill.config import DistillConfig, LossConfig
+from workers.distill.config import DistillConfig
+from workers.distill.loss_config import Summand
 from workers.distill.order import quotas_of
 from workers.distill.student import require_layers
+from workers.distill.terms import losses_of
 from workers.errors import InputError
-from workers.lookup.batch import Part
 from workers.lookup.live import require_same_teacher
 from workers.lookup.opening import Asked, open_log, require_ways, source_of_misses
-from workers.losses.catalogue import LOSSES
+from workers.losses.loss import Loss
 from workers.teacher.checkpoint import context_length, identity_of, model_directory, read_text_config
 from workers.tokenizers import check_same_vocabulary, load_tokenizer
 
@@ -40,15 +41,11 @@ def check(config: DistillConfig) -> list[CacheReader]:
     return readers
 
 
-def losses_of(config: DistillConfig) -> list[tuple[Part, LossConfig]]:
-    """The parts of the positions that are trained, each with its loss."""
-    losses: list[tuple[Part, LossConfig]] = [("response", config.loss)]
-    return losses + ([("prompt", config.prompt_loss)] if config.prompt_loss else [])
-
-
 def needs_lookups(config: DistillConfig) -> bool:
     """Whether a loss asks for more than the stored top-k."""
-    return any(LOSSES[loss.name].needs & {"lookups", "full_row"} for _, loss in losses_of(config))
+    return any(
+        summand.loss.needs & {"lookups", "full_row"} for _, loss in losses_of(config) for summand in loss.summands
+    )
 
 
 def asked_of(config: DistillConfig) -> Asked:
@@ -63,36 +60,74 @@ def check_needs(config: DistillConfig, reader: CacheReader) -> None:
         InputError: names what is missing and every way to add it.
     """
     plan = reader.plan
-    if config.prompt_loss is not None and plan.positions != "all":
+    if len(losses_of(config)) > 1 and plan.positions != "all":
+        asks = "--prompt-loss" if config.prompt_loss else f"loss {config.loss.name}"
         raise InputError(
-            f"--prompt-loss needs the teacher at the prompt's positions, {reader.cache_dir} holds those of the "
+            f"{asks} needs the teacher at the prompt's positions, {reader.cache_dir} holds those of the "
             f"response: dump with --positions all, or leave the prompt loss out."
         )
     for part, loss in losses_of(config):
-        key = "loss" if part == "response" else "prompt_loss"
-        needs = LOSSES[loss.name].needs
-        k = loss.parameters(plan.top_k).get("k", 0)
-        least = int(LOSSES[loss.name].parameters["k"].minimum) if k else 0
-        if least > plan.top_k:
+        for summand in loss.summands:
+            _check_summand(config, reader, "loss" if part == "response" else "prompt_loss", summand)
+
+
+def _check_summand(config: DistillConfig, reader: CacheReader, key: str, summand: Summand) -> None:
+    plan, loss = reader.plan, summand.loss
+    params = summand.parameters(plan.top_k, plan.tokenizer.vocab_size)
+    _check_capture(reader, key, loss)
+    if "k" in params:
+        k, least = params["k"], loss.parameters["k"].minimum
+        assert isinstance(k, int)
+        if "top_k" in loss.needs and least > plan.top_k:
             raise InputError(
-                f"{key} {loss.name} compares {least} ids at least, {reader.cache_dir} stores {plan.top_k}: dump with a "
-                f"larger --top-k."
+                f"{key} {loss.name} compares {least:g} ids at least, {reader.cache_dir} stores {plan.top_k}: dump with "
+                f"a larger --top-k."
             )
-        if "top_k" in needs and k > plan.top_k:
+        if "top_k" in loss.needs and k > plan.top_k:
             raise InputError(
                 f"{key}.k={k} is more than the top {plan.top_k} that {reader.cache_dir} stores: give "
                 f"--set {key}.k={plan.top_k} or less, or dump with --top-k {k}."
             )
         if k > plan.tokenizer.vocab_size:
             raise InputError(f"{key}.k={k} is more than the vocabulary of {plan.tokenizer.vocab_size}: lower it.")
-        if needs & {"lookups", "full_row"}:
-            _check_misses(config, reader, key, loss.name)
+    if "logsumexp" in loss.needs:
+        _check_temperature(reader, key, loss, loss.temperature(params))
+    if loss.needs & {"lookups", "full_row"}:
+        _check_misses(config, reader, key, loss)
 
 
-def _check_misses(config: DistillConfig, reader: CacheReader, key: str, loss: str) -> None:
+def _check_capture(reader: CacheReader, key: str, loss: Loss) -> None:
+    """A cache stores a top-k, or draws."""
+    sampling = reader.plan.sampling
+    if sampling and loss.needs & {"top_k", "lookups", "logsumexp"}:
+        raise InputError(
+            f"{key} {loss.name} compares the teacher's leading ids, {reader.cache_dir} holds {sampling.draws} draws a "
+            f"position: choose rskd, or dump with --sampling top-k."
+        )
+    if not sampling and "samples" in loss.needs:
+        raise InputError(
+            f"{key} {loss.name} needs ids drawn from the teacher, {reader.cache_dir} has its top {reader.plan.top_k}: "
+            f"dump with --sampling random, or choose tail_gjsd, which has no noise."
+        )
+
+
+def _check_temperature(reader: CacheReader, key: str, loss: Loss, temperature: float) -> None:
+    stored = reader.plan.temperatures
+    if temperature in stored:
+        return
+    dump = ", ".join(f"{value:g}" for value in sorted({*stored, temperature}))
+    lower = f"give --set {key}.temperature={stored[0]:g}; or " if "temperature" in loss.parameters else ""
+    raise InputError(
+        f"{key} {loss.name} needs the teacher's log-sum-exp at temperature {temperature:g}, which no other's can "
+        f"stand for, and {reader.cache_dir} holds it at {', '.join(f'{value:g}' for value in stored)}: {lower}dump "
+        f"with --set cache.temperatures=[{dump}]."
+    )
+
+
+def _check_misses(config: DistillConfig, reader: CacheReader, key: str, loss: Loss) -> None:
     """Something must answer what is not in the stored top-k."""
     _check_all_or_none(reader)
-    source, rows = source_of_misses(reader, asked_of(config)), "full_row" in LOSSES[loss].needs
+    source, rows = source_of_misses(reader, asked_of(config)), "full_row" in loss.needs
     if source == "cached" or (rows and source == "bound"):
         asks = "the teacher's whole rows" if rows else "the teacher's logits at the student's own top-k"
         log = open_log(reader, config.lookups)
@@ -101,14 +136,14 @@ def _check_misses(config: DistillConfig, reader: CacheReader, key: str, loss: st
         )
         bound = "" if rows else ", or --on-miss bound for an upper bound in their place"
         raise InputError(
-            f"{key} {loss} needs {asks}, and {reader.cache_dir} has no hidden states{logged}. Give --teacher "
-            f"{reader.plan.teacher.name}{bound}; or dump again without --no-hidden-states; or choose a loss that the "
-            f"stored top-k serves (t_ld, topk_kl)."
+            f"{key} {loss.name} needs {asks}, and {reader.cache_dir} has no hidden states{logged}. Give --teacher "
+            f"{reader.plan.teacher.name}{bound}; or dump again without --no-hidden-states (with --hidden-states); or "
+            f"choose a loss that the stored top-k serves ({loss.tail_form or 't_ld, topk_kl'})."
         )
     if rows and source == "live" and config.lookups.log == "logits":
         raise InputError(
-            f"{key} {loss} needs the teacher's whole rows, which a log of logits cannot keep: give --log hidden, or "
-            f"--log none to run the teacher in every epoch."
+            f"{key} {loss.name} needs the teacher's whole rows, which a log of logits cannot keep: give --log hidden, "
+            f"or --log none to run the teacher in every epoch."
         )
 
 

@@ -1,52 +1,15 @@
 """What a distillation run can be told. The cache says the rest: tokens, teacher, vocabulary, k stored."""
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from workers.distill.loss_config import LossConfig
 from workers.lookup.config import LookupConfig, OnMiss
-from workers.losses.catalogue import LOSSES, Value
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LossConfig(BaseModel):
-    """A loss by name; every other key is one of its parameters."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str = "bild"
-
-    @model_validator(mode="after")
-    def _known(self) -> "LossConfig":
-        if self.name not in LOSSES:
-            raise ValueError(f"no loss is called {self.name!r}: choose one of {', '.join(sorted(LOSSES))}")
-        parameters = LOSSES[self.name].parameters
-        for key, value in (self.model_extra or {}).items():
-            if key not in parameters:
-                has = ", ".join(parameters) or "none"
-                raise ValueError(f"loss {self.name} has no parameter {key!r} (it has: {has})")
-            expected = type(parameters[key].default)
-            if expected is float and isinstance(value, int) and not isinstance(value, bool):
-                value = float(value)
-            if type(value) is not expected:
-                raise ValueError(f"loss.{key}={value!r} must be of type {expected.__name__}")
-            if not parameters[key].minimum <= value < math.inf:
-                raise ValueError(
-                    f"loss.{key}={value}: give at least {parameters[key].minimum:g}: {parameters[key].meaning}"
-                )
-        return self
-
-    def parameters(self, top_k: int) -> dict[str, Value]:
-        """Defaults of the catalogue, overridden by what was given, for a cache that stores ``top_k`` ids."""
-        defaults: dict[str, Value] = {
-            key: min(parameter.default, top_k) if parameter.at_most_stored else parameter.default
-            for key, parameter in LOSSES[self.name].parameters.items()
-        }
-        return defaults | (self.model_extra or {})
 
 
 class OptimizerConfig(_Section):
@@ -110,6 +73,14 @@ class DistillConfig(_Section):
             caches = {"cache": [values["cache"]]} if isinstance(values.get("cache"), str) else {}
             return {**values, **named, **caches}
         return values
+
+    @model_validator(mode="after")
+    def _losses_by_part(self) -> "DistillConfig":
+        if self.prompt_loss is not None and self.prompt_loss.on_prompt is not None:
+            raise ValueError(f"prompt_loss: {self.prompt_loss.name} is for the response and brings the prompt's own")
+        if self.prompt_loss is not None and self.loss.on_prompt is not None:
+            raise ValueError(f"loss {self.loss.name} brings the prompt's own: leave prompt_loss out, or choose bild")
+        return self
 
     @model_validator(mode="after")
     def _a_weight_a_cache(self) -> "DistillConfig":

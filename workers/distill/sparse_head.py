@@ -5,10 +5,11 @@ scanned in chunks for the student's top-k, the chosen rows are multiplied again 
 those rows alone. A loss on whole rows runs chunk by chunk, forward and backward together, so that one chunk's
 logits exist at a time.
 
-Shape suffixes: N = positions, C = positions of a chunk, V = vocabulary, D = hidden size, K = top-k, M = chosen ids.
+Shape suffixes: N = positions, C = positions of a chunk, V = vocabulary, D = hidden size, K = top-k, M = chosen ids,
+S = losses.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from workers.ordering import exact_top_k, sort_by_logit
-from workers.teacher.lm_head import LMHead, chunks, float32_matmul, widened
+from workers.teacher.lm_head import LMHead, chunks, dense_is_cheaper, float32_matmul, widened
 
 EXTRA_CANDIDATES = 8
 """Ids scanned beyond k, and k more where k is larger: the scan rounds to the compute dtype, the float32 order among
@@ -31,6 +32,8 @@ def student_top_k(head: LMHead, hidden_ND: Tensor, k: int) -> Tensor:
     """
     num_candidates = min(k + max(k, EXTRA_CANDIDATES), head.vocab_size)
     with torch.no_grad():
+        if dense_is_cheaper(num_candidates, head.vocab_size):
+            return _whole_top_k(head, hidden_ND, k)
         weight_VD = head.weight_VD.to(hidden_ND.dtype)
         bias_V = None if head.bias_V is None else head.bias_V.to(hidden_ND.dtype)
         ids, unsure = [], []
@@ -43,13 +46,16 @@ def student_top_k(head: LMHead, hidden_ND: Tensor, k: int) -> Tensor:
             ids.append(sort_by_logit(exact_CM, candidates_CM)[1][:, :k])
             unsure.append(scanned_CM[:, min(k, num_candidates) - 1] == scanned_CM[:, -1])
         ids_NK = torch.cat(ids)
-        if num_candidates < head.vocab_size:
-            unsure_U = torch.cat(unsure).nonzero().squeeze(1)
-            for part in chunks(len(unsure_U), 4 * head.vocab_size, unsure_U.device):
-                hidden_CD = hidden_ND[unsure_U[part]]
-                logits_CV = head.logits(hidden_CD.to(widened(hidden_CD.dtype)))
-                ids_NK[unsure_U[part]] = exact_top_k(logits_CV, k)[1]
+        unsure_U = torch.cat(unsure).nonzero().squeeze(1)
+        ids_NK[unsure_U] = _whole_top_k(head, hidden_ND[unsure_U], k)
         return ids_NK
+
+
+def _whole_top_k(head: LMHead, hidden_ND: Tensor, k: int) -> Tensor:
+    """The same from whole rows in float32. int64 [N, k]"""
+    wide_ND = hidden_ND.to(widened(hidden_ND.dtype))
+    rows = chunks(len(wide_ND), 4 * head.vocab_size, wide_ND.device)
+    return torch.cat([exact_top_k(head.logits(wide_ND[part]), k)[1] for part in rows])
 
 
 def logits_at(head: LMHead, hidden_ND: Tensor, ids_NM: Tensor) -> Tensor:
@@ -61,22 +67,26 @@ def logits_at(head: LMHead, hidden_ND: Tensor, ids_NM: Tensor) -> Tensor:
 
 
 def row_loss(
-    head: LMHead, hidden_ND: Tensor, values_of: Callable[[Tensor, slice], Tensor], weight: float
+    head: LMHead,
+    hidden_ND: Tensor,
+    values_of: Callable[[Tensor, slice], Tensor],
+    spans: Sequence[slice] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum of a per-position loss on whole rows of the student, times ``weight``; and the unweighted values.
+    """Losses on whole rows of the student, summed over the positions.
 
     Gradients are computed with the values, while a chunk's logits exist: no logits are kept, none computed twice.
 
     Args:
-        values_of: maps a chunk's float32 logits [C, V] and its slice of the positions to values [C].
+        values_of: maps a chunk's float32 logits [C, V] and its slice of the positions to the values [S, C] of S losses.
+        spans: the chunks, where it matters which positions are seen together; otherwise as many as memory is good for.
 
     Returns:
-        The weighted sum (differentiable, scalar) and the values (detached, [N]).
+        The sum of all (differentiable, scalar) and each loss's own (detached, [S]).
     """
-    total, values_N = _RowLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, head.weight_VD, head.bias_V, head, values_of, weight
+    total, sums_S = _RowLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, head.weight_VD, head.bias_V, head, values_of, spans
     )
-    return total, values_N
+    return total, sums_S
 
 
 class _ChosenProducts(torch.autograd.Function):
@@ -99,8 +109,17 @@ class _ChosenProducts(torch.autograd.Function):
             grad_weight_VD = torch.zeros(weight_VD.shape, dtype=grad_NM.dtype, device=weight_VD.device)
         grad_hidden_ND = torch.empty(hidden_ND.shape, dtype=grad_NM.dtype, device=hidden_ND.device)
         size = hidden_ND.shape[1]
-        for rows in chunks(len(ids_NM), grad_NM.element_size() * ids_NM.shape[1] * size):
+        dense = dense_is_cheaper(ids_NM.shape[1], len(weight_VD))
+        wide_VD = weight_VD.to(grad_NM.dtype) if dense else weight_VD
+        row_size = len(weight_VD) if dense else ids_NM.shape[1] * size
+        for rows in chunks(len(ids_NM), grad_NM.element_size() * row_size):
             grad_CM, ids_CM = grad_NM[rows], ids_NM[rows]
+            if dense:
+                grad_CV = grad_CM.new_zeros(len(grad_CM), len(weight_VD)).scatter_add_(1, ids_CM, grad_CM)
+                grad_hidden_ND[rows] = grad_CV @ wide_VD
+                if grad_weight_VD is not None:
+                    grad_weight_VD.addmm_(grad_CV.T, hidden_ND[rows].to(grad_NM.dtype))
+                continue
             chosen_CMD = weight_VD[ids_CM].to(grad_NM.dtype)
             grad_hidden_ND[rows] = torch.bmm(grad_CM.unsqueeze(1), chosen_CMD).squeeze(1)
             if grad_weight_VD is not None:
@@ -136,7 +155,7 @@ class _RowLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         head: LMHead,
         values_of: Callable[[Tensor, slice], Tensor],
-        weight: float,
+        spans: Sequence[slice] | None,
     ) -> tuple[Tensor, Tensor]:
         compute_VD = weight_VD.to(hidden_ND.dtype)
         wants_gradient = any(ctx.needs_input_grad[:3])
@@ -146,18 +165,19 @@ class _RowLoss(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_weight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device)
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
-        values = []
+        sums = []
         # A loss of one chunk holds about five tensors of its size.
-        for rows in chunks(len(hidden_ND), 4 * 2 * head.vocab_size, hidden_ND.device):
+        for rows in spans or chunks(len(hidden_ND), 4 * 2 * head.vocab_size, hidden_ND.device):
             products_CV = float32_matmul(hidden_ND[rows], compute_VD)
             if bias_V is not None:
                 products_CV += bias_V.to(wide)
             with torch.set_grad_enabled(wants_gradient):
                 products_CV.requires_grad_(wants_gradient)
-                values_C = values_of(head.finish(products_CV, None), rows)
-            values.append(values_C.detach())
+                sums_S = values_of(head.finish(products_CV, None), rows).sum(1)
+                total = sums_S.sum()
+            sums.append(sums_S.detach())
             if wants_gradient:
-                (grad_CV,) = torch.autograd.grad(values_C, products_CV, torch.full_like(values_C, weight))
+                (grad_CV,) = torch.autograd.grad(total, products_CV)
                 narrow_CV = grad_CV.to(hidden_ND.dtype)
                 grad_hidden_ND[rows] = narrow_CV @ compute_VD
                 if grad_weight_VD is not None:
@@ -167,9 +187,9 @@ class _RowLoss(torch.autograd.Function):
                     grad_bias_V += grad_CV.sum(0).to(grad_bias_V.dtype)
         ctx.weight_dtype = weight_VD.dtype
         ctx.gradients = (grad_hidden_ND, grad_weight_VD, grad_bias_V)
-        values_N = torch.cat(values)
-        ctx.mark_non_differentiable(values_N)
-        return values_N.sum() * weight, values_N
+        sums_S = torch.stack(sums).sum(0)
+        ctx.mark_non_differentiable(sums_S)
+        return sums_S.sum(), sums_S
 
     @staticmethod
     @once_differentiable

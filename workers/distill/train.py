@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,17 @@ from torch import Tensor
 
 from cache_schema.reader import CacheReader
 from workers.distill.checkpoint import latest_checkpoint, load_checkpoint
-from workers.distill.checks import asked_of, losses_of, needs_lookups
+from workers.distill.checks import asked_of, needs_lookups
 from workers.distill.config import DistillConfig, OptimizerConfig
 from workers.distill.order import Order, Pick
-from workers.distill.student import StudentLoss, Term, load_student
+from workers.distill.student import load_student
+from workers.distill.student_loss import StudentLoss
+from workers.distill.taid import TaidSchedule
+from workers.distill.terms import Term, terms_of
 from workers.errors import InputError
 from workers.lookup.batch import Batch, Part, collate
 from workers.lookup.ladder import TIERS, Ladder
 from workers.lookup.opening import open_ladders
-from workers.losses.catalogue import LOSSES
 from workers.teacher.checkpoint import require_plain_head, require_vocabulary
 
 
@@ -32,6 +34,9 @@ class Training:
     config: DistillConfig
     readers: list[CacheReader]
     student: StudentLoss
+    terms: list[Term]
+    moving: dict[int, TaidSchedule]
+    """By place among the terms: what moves their target."""
     ladders: list[Ladder]
     optimizer: torch.optim.Optimizer
     device: torch.device
@@ -49,16 +54,19 @@ class Training:
         Raises:
             InputError: the loss or its gradient is not finite; the weights are those before the step.
         """
-        parts = [part for part, _ in losses_of(self.config)]
+        parts = list(dict.fromkeys(term.part for term in self.terms))
         for step in range(self.first_step, self.num_steps):
             started = time.perf_counter()
             picks = self.order.step(step)
             batches = self._batches(picks, parts)
-            # Count first, then divide every micro-batch by the same number: a token weighs the same wherever it is.
-            counts = {part: sum(batch.num_positions(part) for batch in batches) for part in parts}
-            shares = [self._backward(batch, counts) for batch in batches]
+            num_positions = sum(batch.num_positions(part) for part in parts for batch in batches)
+            scaled = [term.for_step(batches) for term in self._terms_now()]
+            shares = [self._backward(batch, scaled) for batch in batches]
             grad_norm, lr = self._update(step)
             loss, terms = _total(shares)
+            moved = {"taid_t": [schedule.t for schedule in self.moving.values()]} if self.moving else {}
+            for place, schedule in self.moving.items():
+                schedule.advance(terms[place] / self.terms[place].weight, (step + 1) / self.num_steps)
             lookups, teacher_forwards = self._take_counts()
             seconds = time.perf_counter() - started
             yield {
@@ -66,12 +74,13 @@ class Training:
                 "epoch": (step + 1) / self.order.steps_per_epoch,
                 "loss": loss,
                 "terms": terms,
+                **moved,
                 "grad_norm": grad_norm,
                 "lr": lr,
                 "sequences": len(picks),
-                "positions": sum(counts.values()),
+                "positions": num_positions,
                 "seconds": seconds,
-                "positions_per_second": sum(counts.values()) / seconds,
+                "positions_per_second": num_positions / seconds,
                 "lookups": lookups,
                 "teacher_forwards": teacher_forwards,
             }
@@ -94,8 +103,15 @@ class Training:
         taken = [ladder.take_counts() for ladder in self.ladders]
         return {tier: sum(counts[tier] for counts, _ in taken) for tier in TIERS}, sum(number for _, number in taken)
 
-    def _backward(self, batch: Batch, counts: dict[Part, int]) -> Tensor:
-        loss, shares = self.student(batch, counts)
+    def _terms_now(self) -> list[Term]:
+        """The terms with what moves where it now stands."""
+        return [
+            replace(term, params={**term.params, "t": self.moving[place].t}) if place in self.moving else term
+            for place, term in enumerate(self.terms)
+        ]
+
+    def _backward(self, batch: Batch, terms: Sequence[Term]) -> Tensor:
+        loss, shares = self.student(batch, terms)
         loss.backward()
         detached: Tensor = shares
         return detached
@@ -152,14 +168,10 @@ def prepare(config: DistillConfig, readers: Sequence[CacheReader], run_dir: Path
         ).to(device)
         require_vocabulary(model, vocab_size)
         require_plain_head(model, vocab_size)
-        top_k = min(reader.plan.top_k for reader in readers)
-        student = StudentLoss(
-            model,
-            ladders,
-            [Term(part, LOSSES[loss.name], loss.parameters(top_k)) for part, loss in losses_of(config)],
-            vocab_size=vocab_size,
-            autocast=config.dtype == "bfloat16",
-        )
+        student = StudentLoss(model, ladders, vocab_size=vocab_size, autocast=config.dtype == "bfloat16")
+        terms = terms_of(config, min(reader.plan.top_k for reader in readers), vocab_size)
+        schedules = {place: TaidSchedule.of(term.params) for place, term in enumerate(terms)}
+        moving = {place: schedule for place, schedule in schedules.items() if schedule}
         optimizer = torch.optim.AdamW(
             [parameter for parameter in student.parameters() if parameter.requires_grad],
             lr=config.optimizer.lr,
@@ -167,11 +179,11 @@ def prepare(config: DistillConfig, readers: Sequence[CacheReader], run_dir: Path
             weight_decay=config.optimizer.weight_decay,
         )
         checkpoint = latest_checkpoint(run_dir)
-        first_step = load_checkpoint(checkpoint, student, optimizer) if checkpoint else 0
+        first_step = load_checkpoint(checkpoint, student, optimizer, moving) if checkpoint else 0
         order = order_of(config, readers)
         return Training(
-            config, list(readers), student, ladders, optimizer, device, order, num_steps_of(config, order), first_step,
-            resources.pop_all(),
+            config, list(readers), student, terms, moving, ladders, optimizer, device, order,
+            num_steps_of(config, order), first_step, resources.pop_all(),
         )  # fmt: skip
 
 

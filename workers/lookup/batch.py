@@ -1,7 +1,7 @@
 """Cached sequences as tensors: what the student reads, and what the teacher said at its target rows.
 
 Shape suffixes: B = sequences, T = tokens (padded on the right), N = positions of all sequences, one after the
-other, K = stored top-k.
+other, K = stored top-k, U = ids drawn at a position at most.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,16 @@ class Member:
 
 
 @dataclass(frozen=True)
+class DrawnIds:
+    """Ids drawn from the teacher's distribution."""
+
+    token_ids_NU: Tensor
+    """0 in the padding"""
+    counts_NU: Tensor
+    """How often each was drawn, 0 in the padding. float32"""
+
+
+@dataclass(frozen=True)
 class TeacherPositions:
     """N target positions and the cache's words on them."""
 
@@ -45,6 +55,10 @@ class TeacherPositions:
     labels_N: Tensor
     bounds_N: Tensor
     """No id outside the stored top-k has a higher logit, but for the rounding of the last stored one. float32"""
+    tails: dict[float, Tensor]
+    """By stored temperature: the log-sum-exp of logit / temperature over the ids outside the stored top-k. [N] each"""
+    drawn: DrawnIds | None = None
+    """What a cache of sampled ids holds in place of a top-k: there K is 0."""
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -79,25 +93,53 @@ def collate(
 def _positions(
     reader: CacheReader, indexes: Sequence[int], scored: Sequence[ScoredSequence], part: Part, device: torch.device
 ) -> TeacherPositions:
-    members, columns = [], []
+    members, places, stored = [], [], []
     for batch_row, (index, item) in enumerate(zip(indexes, scored, strict=True)):
         sequence = item.sequence
         target_rows = sequence.target_rows(reader.plan.positions)
         kept = np.flatnonzero(sequence.loss_mask[target_rows + 1] == (part == "response"))
         tokens = target_rows[kept]
         members.append(Member(index, torch.from_numpy(kept)))
-        columns.append(
-            (
-                np.full(len(kept), batch_row),
-                tokens,
-                item.rows.token_ids[kept].astype(np.int64),
-                item.rows.logits[kept],
-                sequence.input_ids[tokens + 1].astype(np.int64),
-                _bounds(reader.plan, item.rows)[kept],
-            )
-        )
-    stacked: list[np.ndarray[Any, Any]] = [np.concatenate(column) for column in zip(*columns, strict=True)]
-    return TeacherPositions(tuple(members), *(torch.from_numpy(column).to(device) for column in stacked))
+        places.append((np.full(len(kept), batch_row), tokens, sequence.input_ids[tokens + 1].astype(np.int64)))
+        stored.append(_drawn(item, kept) if reader.plan.sampling else _top_k(reader.plan, item.top_k_rows, kept))
+    sequence_of_N, token_of_N, labels_N = _stacked(places, device)
+    if reader.plan.sampling:
+        ids_NU, counts_NU = _stacked(stored, device)
+        nothing_NK = torch.empty(len(labels_N), 0, device=device)
+        ids_NK, logits_NK = nothing_NK.long(), nothing_NK
+        bounds_N = torch.full((len(labels_N),), torch.inf, device=device)
+        return TeacherPositions(
+            tuple(members), sequence_of_N, token_of_N, ids_NK, logits_NK, labels_N, bounds_N, {},
+            DrawnIds(ids_NU, counts_NU.float()),
+        )  # fmt: skip
+    ids_NK, logits_NK, bounds_N, tails_NR = _stacked(stored, device)
+    tails = dict(zip(reader.plan.temperatures, tails_NR.unbind(1), strict=True))
+    return TeacherPositions(tuple(members), sequence_of_N, token_of_N, ids_NK, logits_NK, labels_N, bounds_N, tails)
+
+
+def _stacked(columns: Sequence[tuple[npt.NDArray[Any], ...]], device: torch.device) -> list[Tensor]:
+    """Each sequence's arrays one after the other; those of fewer ids than the widest are padded with 0 on the right."""
+    stacked = []
+    for arrays in zip(*columns, strict=True):
+        if arrays[0].ndim == 2:
+            width = max(array.shape[1] for array in arrays)
+            arrays = tuple(np.pad(array, ((0, 0), (0, width - array.shape[1]))) for array in arrays)
+        stacked.append(torch.from_numpy(np.concatenate(arrays)).to(device))
+    return stacked
+
+
+def _drawn(item: ScoredSequence, kept: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
+    rows = item.sampled_rows
+    return rows.token_ids[kept].astype(np.int64), rows.counts[kept]
+
+
+def _top_k(plan: Plan, rows: TopKRows, kept: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], ...]:
+    return (
+        rows.token_ids[kept].astype(np.int64),
+        rows.logits[kept],
+        _bounds(plan, rows)[kept],
+        rows.tail_logsumexp[kept],
+    )
 
 
 def _bounds(plan: Plan, rows: TopKRows) -> npt.NDArray[np.float32]:

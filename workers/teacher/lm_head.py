@@ -52,8 +52,16 @@ class LMHead:
         return self.finish(float32_matmul(hidden_ND, self.weight_VD), self.bias_V)
 
     def logits_at(self, hidden_ND: Tensor, ids_NM: Tensor) -> Tensor:
-        """The logits of chosen ids, 2·D FLOPs each, chunked over positions. float32 [N, M]"""
+        """The logits of chosen ids, chunked over positions. float32 [N, M]
+
+        2·D FLOPs each; where so many are chosen that every row's product costs less than gathering theirs, 2·V·D.
+        """
         logits_NM = torch.empty(ids_NM.shape, dtype=widened(hidden_ND.dtype), device=hidden_ND.device)
+        if dense_is_cheaper(ids_NM.shape[1], self.vocab_size):
+            exact_ND = hidden_ND.to(torch.promote_types(hidden_ND.dtype, self.weight_VD.dtype))
+            for rows in chunks(len(ids_NM), 4 * self.vocab_size, hidden_ND.device):
+                logits_NM[rows] = self.logits(exact_ND[rows]).gather(1, ids_NM[rows])
+            return logits_NM
         for rows in chunks(len(ids_NM), 4 * ids_NM.shape[1] * hidden_ND.shape[1]):
             ids_CM = ids_NM[rows]
             bias_CM = None if self.bias_V is None else self.bias_V[ids_CM]
@@ -123,6 +131,11 @@ def score(head: LMHead, hidden_ND: Tensor, labels_N: Tensor, top_k: int, tempera
             tails_CR = torch.stack([torch.logsumexp(tail_CV / temperature, 1) for temperature in temperatures], 1)
             parts.append((ids_CK, values_CK, tails_CR, label_C, mean_C, std_C))
     return TopKLogits(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def dense_is_cheaper(num_ids: int, vocab_size: int) -> bool:
+    """Whether multiplying with every row of the head takes less time than gathering so many rows a position."""
+    return num_ids * _DENSE_PRODUCTS_PER_GATHER >= vocab_size
 
 
 def float32_matmul(left_ND: Tensor, right_VD: Tensor) -> Tensor:

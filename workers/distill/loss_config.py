@@ -1,0 +1,138 @@
+"""Losses as a user writes them: ``bild``, ``bild+0.5*sft``, and their parameters."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from workers.losses.catalogue import LOSSES
+from workers.losses.loss import Loss, Parameter, Params, Value
+
+_SUMMAND = re.compile(r"(?:(?P<weight>[^*]+)\*)?(?P<name>[^*]+)")
+
+
+@dataclass(frozen=True)
+class Summand:
+    """One loss of a sum, with what the user gave for it."""
+
+    loss: Loss
+    weight: float
+    given: Params
+
+    def parameters(self, top_k: int, vocab_size: int) -> dict[str, Value]:
+        """Defaults of the catalogue, overridden by what was given, for a cache that stores ``top_k`` ids."""
+        most = {"": None, "stored": top_k, "vocabulary": vocab_size}
+        defaults: dict[str, Value] = {}
+        for key, parameter in self.loss.parameters.items():
+            limit, default = most[parameter.at_most], parameter.default
+            defaults[key] = min(default, limit) if limit and isinstance(default, int) else default
+        return defaults | dict(self.given)
+
+
+class LossConfig(BaseModel):
+    """A loss by name, or a sum of losses, each with a weight; every other key is a parameter.
+
+    A parameter that only one loss of the sum has stands beside the name; one that several have, in a table of its loss.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = "bild"
+
+    @property
+    def summands(self) -> tuple[Summand, ...]:
+        """In the order they were written."""
+        given = self._given()
+        return tuple(Summand(LOSSES[name], weight, given[name]) for name, weight in _parse(self.name))
+
+    @property
+    def on_prompt(self) -> tuple[str, Params] | None:
+        """The loss that one of these brings along for the prompt's positions."""
+        return next((summand.loss.prompt for summand in self.summands if summand.loss.prompt), None)
+
+    @model_validator(mode="after")
+    def _known(self) -> "LossConfig":
+        for name, given in self._given().items():
+            for key, value in given.items():
+                _require_in_range(name, key, value, LOSSES[name].parameters[key])
+        if any(summand.given.get("dynamic") for summand in self.summands) and len(self.summands) == 1:
+            raise ValueError("loss.dynamic weighs the other losses of a sum: write 2*rank_loss+kl, or leave it out")
+        return self
+
+    def _given(self) -> dict[str, dict[str, Value]]:
+        """By loss of the sum, the parameters that were given for it."""
+        names = [name for name, _ in _parse(self.name)]
+        given: dict[str, dict[str, Value]] = {name: {} for name in names}
+        for key, value in (self.model_extra or {}).items():
+            if isinstance(value, Mapping):
+                for inner, inner_value in self._table(names, key, value).items():
+                    given[key][inner] = inner_value
+                continue
+            owners = [name for name in names if key in LOSSES[name].parameters]
+            if not owners:
+                has = ", ".join(dict.fromkeys(key for name in names for key in LOSSES[name].parameters)) or "none"
+                raise ValueError(f"loss {self.name} has no parameter {key!r} (it has: {has})")
+            if len(owners) > 1:
+                raise ValueError(
+                    f"loss.{key} is a parameter of {' and '.join(owners)}: say whose, as loss.{owners[0]}.{key}={value}"
+                )
+            given[owners[0]][key] = value
+        for name, values in given.items():
+            for key, value in values.items():
+                given[name][key] = _as_float(value, LOSSES[name].parameters[key])
+        return given
+
+    def _table(self, names: list[str], key: str, table: Mapping[str, Any]) -> Mapping[str, Any]:
+        if key not in names:
+            raise ValueError(f"loss.{key}: {self.name} has no loss of that name (it has: {', '.join(names)})")
+        for inner in table:
+            if inner not in LOSSES[key].parameters:
+                has = ", ".join(LOSSES[key].parameters) or "none"
+                raise ValueError(f"loss {key} has no parameter {inner!r} (it has: {has})")
+        return table
+
+
+def _parse(text: str) -> list[tuple[str, float]]:
+    """``a+0.5*b`` as names and weights."""
+    summands = []
+    for part in text.replace(" ", "").split("+"):
+        match = _SUMMAND.fullmatch(part)
+        if match is None:
+            raise ValueError(f"{text!r} is no sum of losses: write for instance bild+0.5*sft")
+        name, weight = match["name"], match["weight"]
+        if name not in LOSSES:
+            raise ValueError(f"no loss is called {name!r}: choose one of {', '.join(sorted(LOSSES))}")
+        try:
+            factor = float(weight or 1.0)
+        except ValueError:
+            factor = math.nan
+        if not 0.0 < factor < math.inf:
+            raise ValueError(f"{part}: {weight!r} is no weight; write a number above 0 before the *, as 0.5*{name}")
+        summands.append((name, factor))
+    names = [name for name, _ in summands]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{text} names {name} twice: give it once, with the weight of both")
+    return summands
+
+
+def _as_float(value: Any, parameter: Parameter) -> Any:
+    """A whole number given where a real one is wanted."""
+    wants_float = isinstance(parameter.default, float) or parameter.optional == "float"
+    return float(value) if wants_float and isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _require_in_range(name: str, key: str, value: Any, parameter: Parameter) -> None:
+    expected = float if parameter.optional == "float" else type(parameter.default)
+    if type(value) is not expected:
+        raise ValueError(f"loss.{key}={value!r} must be of type {expected.__name__}")
+    if parameter.choices and value not in parameter.choices:
+        raise ValueError(f"loss.{key}={value!r}: give one of {', '.join(parameter.choices)}: {parameter.meaning}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not parameter.minimum <= value < math.inf:
+            raise ValueError(f"loss.{key}={value}: give at least {parameter.minimum:g}: {parameter.meaning}")
+        if value > parameter.maximum:
+            raise ValueError(f"loss.{key}={value}: give at most {parameter.maximum:g}: {parameter.meaning}")
