@@ -12,7 +12,7 @@ import torch
 
 from cache_schema.reader import CacheReader
 from cache_schema.storage import exclusive, publish_directory
-from pipeline.evaluation import measure
+from pipeline.evaluation import measure, require_top_k
 from pipeline.fetching import at_hand
 from pipeline.progress import progress_bar, say
 from pipeline.run_record import RunRecord
@@ -112,6 +112,7 @@ def _eval_reader(config: DistillConfig, reader: CacheReader) -> CacheReader | No
     if config.eval_cache is None:
         return None
     held_out = CacheReader(at_hand(config.eval_cache))
+    require_top_k(held_out)
     if held_out.plan.tokenizer.fingerprint != reader.plan.tokenizer.fingerprint:
         raise InputError(
             f"--eval-cache {config.eval_cache} was made with another tokenizer than {reader.cache_dir}: dump it with "

@@ -3,18 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from cache_schema.errors import CacheCorruptError, CacheError
+from cache_schema.errors import CacheError
 from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.verify import verify
 from pipeline.lookups import faults_in_log, num_files_in_log
 from pipeline.progress import progress_bar
-from workers.lookup.stored import require_head_of_cache, stored_hidden_states
-from workers.teacher.lm_head import LMHead, load_head
-from workers.teacher.sampling import fault_in_draws
+from workers.lookup.stored import require_head_of_cache
+from workers.teacher.lm_head import load_head
 
 _RECOMPUTED_SEQUENCES = 16
 
@@ -32,8 +30,7 @@ def verify_cache(cache_dir: Path, lookups: Path | None = None) -> dict[str, Any]
             with progress_bar("recomputing") as progress:
                 try:
                     head = load_head(reader.lm_head_path, torch.device("cpu"))
-                    check = require_head_of_draws if reader.plan.sampling else require_head_of_cache
-                    check(reader, head, recomputed)
+                    require_head_of_cache(reader, head, recomputed)
                 except CacheError as error:
                     errors.append({"file": LM_HEAD_NAME, "reason": str(error)})
                 progress(recomputed, recomputed)
@@ -47,22 +44,3 @@ def verify_cache(cache_dir: Path, lookups: Path | None = None) -> dict[str, Any]
         "errors": errors,
     }
 
-
-def require_head_of_draws(reader: CacheReader, head: LMHead, num_sequences: int) -> None:
-    """Draw again, from hidden states and head, in sequences over a cache that stores draws.
-
-    Raises:
-        CacheCorruptError: they are not the stored ones: the head or the hidden states are another teacher's.
-    """
-    if head.vocab_size != reader.plan.tokenizer.vocab_size:
-        raise CacheCorruptError(
-            f"{reader.lm_head_path} has {head.vocab_size} rows, the plan {reader.plan.tokenizer.vocab_size}"
-        )
-    for index in np.unique(np.linspace(0, len(reader) - 1, num_sequences, dtype=int)).tolist():
-        with torch.inference_mode():
-            fault = fault_in_draws(reader.plan, reader[int(index)], stored_hidden_states(reader, index), head)
-        if fault:
-            raise CacheCorruptError(
-                f"{reader.lm_head_path} does not belong to the hidden states of {reader.cache_dir}: in sequence "
-                f"{index}, {fault}. Restore both from the same dump, or dump again."
-            )

@@ -156,7 +156,7 @@ def test_a_sequence_id_is_the_hash_specified(cache_dir: Path) -> None:
 def test_every_field_of_the_documents_is_specified(heading: str, model: type[BaseModel]) -> None:
     specified = {row[0] for row in table(section(heading))}
     if model is Plan:
-        assert specified == {*keys_of(Plan), "responses", "hidden_states"}
+        assert specified == {*keys_of(Plan), "responses", "hidden_states", "sampling"}
     else:
         assert set(model.model_fields) <= specified
         assert specified == {*Receipt.model_fields, *Manifest.model_fields}

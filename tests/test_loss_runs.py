@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,31 @@ def test_every_loss_trains_a_student_from_a_cache(
     if name != "taid":  # its target moves away from the student
         assert sum(epochs[1]) < sum(epochs[0])
     assert result.json["teacher_forwards"] == 0
+
+
+def test_whole_rows_come_from_a_cache_of_draws_too(teacher_dir: Path, sampled: Path, tmp_path: Path) -> None:
+    """From its hidden states; and without them, from the teacher."""
+    run = tmp_path / "run"
+    assert pipeline(*distill(sampled, teacher_dir, "rskd+kl", "--steps", 2, "--out", run)).code == 0
+    bare = tmp_path / "bare"
+    shutil.copytree(sampled, bare)
+    for states in bare.glob("*.hidden.parquet"):
+        states.unlink()
+    live = tmp_path / "live"
+    asked = ("--teacher", teacher_dir, "--steps", 2, "--out", live, "--json")
+    assert pipeline(*distill(bare, teacher_dir, "rskd+kl", *asked)).json["teacher_forwards"] > 0
+    assert [step["loss"] for step in steps_of(live)] == pytest.approx(
+        [step["loss"] for step in steps_of(run)], rel=1e-4
+    )
+
+
+def test_a_held_out_cache_of_draws_is_refused_before_the_run(
+    teacher_dir: Path, cache_dir: Path, sampled: Path, tmp_path: Path
+) -> None:
+    result = pipeline(*distill(cache_dir, teacher_dir, "t_ld", "--eval-cache", sampled, "--out", tmp_path / "run"))
+    assert result.code == 1
+    assert "dump the held-out data" in " ".join(result.err.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_sum_s_loss_is_the_sum_of_its_weighted_terms(teacher_dir: Path, cache_dir: Path, tmp_path: Path) -> None:

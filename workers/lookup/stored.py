@@ -5,10 +5,12 @@ import torch
 from torch import Tensor
 
 from cache_schema.errors import CacheCorruptError
-from cache_schema.manifest import LM_HEAD_NAME
+from cache_schema.manifest import LM_HEAD_NAME, Plan
 from cache_schema.reader import CacheReader
+from cache_schema.sequence import TopKRows
 from cache_schema.storage import sha256_of
 from workers.teacher.lm_head import LMHead, load_head, score
+from workers.teacher.sampling import fault_in_draws
 
 _CHECKED_SEQUENCES = 4
 _BEYOND_THE_PILOT = 4
@@ -38,7 +40,8 @@ def stored_hidden_states(reader: CacheReader, index: int) -> Tensor:
 
 
 def require_head_of_cache(reader: CacheReader, head: LMHead, num_sequences: int = _CHECKED_SEQUENCES) -> None:
-    """Recompute stored logits, by their ids and as a top-k, from hidden states and head, in sequences over the cache.
+    """Recompute what is stored from hidden states and head, in sequences over the cache: logits, by their ids and as a
+    top-k, or draws.
 
     Where int8 moves single logits further than a wrong head might, their mean shows the head: int8 errors are small on
     average.
@@ -47,7 +50,6 @@ def require_head_of_cache(reader: CacheReader, head: LMHead, num_sequences: int 
         CacheCorruptError: they are not the stored ones: the head or the hidden states are another teacher's.
     """
     plan = reader.plan
-    assert plan.hidden_states is not None
     if head.vocab_size != plan.tokenizer.vocab_size:
         raise CacheCorruptError(
             f"{reader.lm_head_path} has {head.vocab_size} rows, the plan {plan.tokenizer.vocab_size}"
@@ -55,26 +57,39 @@ def require_head_of_cache(reader: CacheReader, head: LMHead, num_sequences: int 
     spread = np.unique(np.linspace(0, len(reader) - 1, min(num_sequences, len(reader)), dtype=int))
     for index in spread.tolist():
         hidden_PD = stored_hidden_states(reader, index).to(head.weight_VD.device)
-        rows = reader[index].rows
-        ids_PK = torch.from_numpy(rows.token_ids.astype(np.int64)).to(hidden_PD.device)
         with torch.inference_mode():
-            # The top-k alone would not see rows that have changed places, the stored ids not a row that is now larger.
-            top_PK = score(head, hidden_PD, ids_PK[:, 0], plan.top_k, (1.0,)).logits_NK
-            found_2PK = torch.stack([top_PK, head.logits_at(hidden_PD, ids_PK)]).cpu().numpy()
-        # Half a step of rounding, and float32 sums in another order.
-        rounding = plan.logit_step / 2 + 1e-4 * max(1.0, float(np.abs(rows.logits).max()))
-        difference_2PK = np.abs(found_2PK - rows.logits)
-        for name, error, difference in (
-            ("", plan.hidden_states.max_logit_error, float(difference_2PK.max())),
-            (" on average", plan.hidden_states.mean_logit_error, float(difference_2PK.mean())),
-        ):
-            tolerance = rounding + _BEYOND_THE_PILOT * (error or 0.0)
-            if not difference <= tolerance:
-                raise CacheCorruptError(
-                    f"{reader.lm_head_path} does not belong to the hidden states of {reader.cache_dir}: recomputed "
-                    f"top-k logits of sequence {index} differ from the stored ones by {difference:.3g}{name} (rounding "
-                    f"explains {tolerance:.2g}). Restore both from the same dump, or dump again."
-                )
+            if plan.sampling:
+                fault = fault_in_draws(plan, reader[index], hidden_PD, head)
+            else:
+                fault = _fault_in_logits(plan, reader[index].top_k_rows, hidden_PD, head)
+        if fault:
+            raise CacheCorruptError(
+                f"{reader.lm_head_path} does not belong to the hidden states of {reader.cache_dir}: in sequence "
+                f"{index}, {fault}. Restore both from the same dump, or dump again."
+            )
+
+
+def _fault_in_logits(plan: Plan, rows: TopKRows, hidden_PD: Tensor, head: LMHead) -> str | None:
+    """Why stored logits cannot be of these hidden states and this head, or None."""
+    assert plan.hidden_states is not None
+    ids_PK = torch.from_numpy(rows.token_ids.astype(np.int64)).to(hidden_PD.device)
+    # The top-k alone would not see rows that have changed places, the stored ids not a row that is now larger.
+    top_PK = score(head, hidden_PD, ids_PK[:, 0], plan.top_k, (1.0,)).logits_NK
+    found_2PK = torch.stack([top_PK, head.logits_at(hidden_PD, ids_PK)]).cpu().numpy()
+    # Half a step of rounding, and float32 sums in another order.
+    rounding = plan.logit_step / 2 + 1e-4 * max(1.0, float(np.abs(rows.logits).max()))
+    difference_2PK = np.abs(found_2PK - rows.logits)
+    for name, error, difference in (
+        ("", plan.hidden_states.max_logit_error, float(difference_2PK.max())),
+        (" on average", plan.hidden_states.mean_logit_error, float(difference_2PK.mean())),
+    ):
+        tolerance = rounding + _BEYOND_THE_PILOT * (error or 0.0)
+        if not difference <= tolerance:
+            return (
+                f"recomputed top-k logits differ from the stored ones by {difference:.3g}{name} (rounding explains "
+                f"{tolerance:.2g})"
+            )
+    return None
 
 
 def _require_stored_hash(reader: CacheReader) -> None:

@@ -1,8 +1,9 @@
 """Ids drawn from the teacher's rows, for students of random-sampling KD (Anshumann et al. 2025, Sparse Logit Sampling).
 
 How often each id was drawn, over the number of draws, is an estimate of the teacher's softmax without bias, which a
-renormalised top-k is not. A draw follows from the row, the plan's seed, the sequence's id and the target row alone,
-so neither batch, shard, worker nor a resumed dump changes it.
+renormalised top-k is not. A draw follows from the row's logits, the plan's seed, the sequence's id and the target row
+alone: shard, worker and a resumed dump change none, and another batch only where it rounds the logits otherwise, about
+one draw in some ten thousand.
 
 Shape suffixes: N = positions, C = positions of one chunk, P = positions of one sequence, V = vocabulary,
 D = hidden size, S = draws per position.
