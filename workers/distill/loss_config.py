@@ -13,6 +13,8 @@ from workers.losses.loss import Loss, Parameter, Params, Value
 
 _SUMMAND = re.compile(r"(?:(?P<weight>[^*]+)\*)?(?P<name>[^*]+)")
 
+_PLUS = re.compile(r"(?<!\d[eE])\+")  # but not that of 1e+3
+
 
 @dataclass(frozen=True)
 class Summand:
@@ -21,6 +23,10 @@ class Summand:
     loss: Loss
     weight: float
     given: Params
+
+    def default_or_given(self, key: str) -> Value:
+        """None where the loss has no such parameter."""
+        return {**self.loss.defaults(), **self.given}.get(key)
 
     def parameters(self, top_k: int, vocab_size: int) -> dict[str, Value]:
         """Defaults of the catalogue, overridden by what was given, for a cache that stores ``top_k`` ids."""
@@ -60,16 +66,20 @@ class LossConfig(BaseModel):
                 _require_in_range(name, key, value, LOSSES[name].parameters[key])
         if any(summand.given.get("dynamic") for summand in self.summands) and len(self.summands) == 1:
             raise ValueError("loss.dynamic weighs the other losses of a sum: write 2*rank_loss+kl, or leave it out")
+        for summand in self.summands:
+            start, end = (summand.default_or_given(key) for key in ("t_start", "t_end"))
+            if isinstance(start, float) and isinstance(end, float) and start > end:
+                raise ValueError(f"loss.t_start={start:g} lies above loss.t_end={end:g}: t only grows; lower it")
         return self
 
     def _given(self) -> dict[str, dict[str, Value]]:
         """By loss of the sum, the parameters that were given for it."""
         names = [name for name, _ in _parse(self.name)]
         given: dict[str, dict[str, Value]] = {name: {} for name in names}
+        tables: dict[str, Mapping[str, Any]] = {}
         for key, value in (self.model_extra or {}).items():
             if isinstance(value, Mapping):
-                for inner, inner_value in self._table(names, key, value).items():
-                    given[key][inner] = inner_value
+                tables[key] = self._table(names, key, value)
                 continue
             owners = [name for name in names if key in LOSSES[name].parameters]
             if not owners:
@@ -80,10 +90,16 @@ class LossConfig(BaseModel):
                     f"loss.{key} is a parameter of {' and '.join(owners)}: say whose, as loss.{owners[0]}.{key}={value}"
                 )
             given[owners[0]][key] = value
-        for name, values in given.items():
-            for key, value in values.items():
-                given[name][key] = _as_float(value, LOSSES[name].parameters[key])
-        return given
+        for name, table in tables.items():
+            twice = given[name].keys() & table.keys()
+            if twice:
+                key = min(twice)
+                raise ValueError(f"loss.{key} is given twice, as loss.{key} and as loss.{name}.{key}: leave one out")
+            given[name] |= table
+        return {
+            name: {key: LOSSES[name].parameters[key].read(value) for key, value in values.items()}
+            for name, values in given.items()
+        }
 
     def _table(self, names: list[str], key: str, table: Mapping[str, Any]) -> Mapping[str, Any]:
         if key not in names:
@@ -98,7 +114,7 @@ class LossConfig(BaseModel):
 def _parse(text: str) -> list[tuple[str, float]]:
     """``a+0.5*b`` as names and weights."""
     summands = []
-    for part in text.replace(" ", "").split("+"):
+    for part in _PLUS.split(text.replace(" ", "")):
         match = _SUMMAND.fullmatch(part)
         if match is None:
             raise ValueError(f"{text!r} is no sum of losses: write for instance bild+0.5*sft")
@@ -119,14 +135,8 @@ def _parse(text: str) -> list[tuple[str, float]]:
     return summands
 
 
-def _as_float(value: Any, parameter: Parameter) -> Any:
-    """A whole number given where a real one is wanted."""
-    wants_float = isinstance(parameter.default, float) or parameter.optional == "float"
-    return float(value) if wants_float and isinstance(value, int) and not isinstance(value, bool) else value
-
-
 def _require_in_range(name: str, key: str, value: Any, parameter: Parameter) -> None:
-    expected = float if parameter.optional == "float" else type(parameter.default)
+    expected = float if parameter.wants_float else type(parameter.default)
     if type(value) is not expected:
         raise ValueError(f"loss.{key}={value!r} must be of type {expected.__name__}")
     if parameter.choices and value not in parameter.choices:

@@ -36,7 +36,8 @@ class TaidSchedule:
         if math.isfinite(self.previous):
             change = (self.previous - loss) / (self.previous + 1e-15)
             self.momentum = _MOMENTUM * self.momentum + (1.0 - _MOMENTUM) * change
-            ahead = self.t + _RATE * (1.0 - self.t) / (1.0 + math.exp(-self.momentum))
+            sigmoid = 0.5 * (1.0 + math.tanh(0.5 * self.momentum))
+            ahead = self.t + _RATE * (1.0 - self.t) * sigmoid
             self.t = min(self.end, max(self.start + (self.end - self.start) * done, ahead))
         self.previous = loss
 

@@ -64,9 +64,7 @@ def nkd(targets: Targets, *, gamma: float, temperature: float) -> Tensor:
 
 def nkd_bild(targets: Targets, *, gamma: float, temperature: float) -> Tensor:
     """Around the teacher's likeliest id (of several, the lowest), and without temperature squared."""
-    teacher_NV = targets.rows()[0]
-    # Not argmax: it promises no order among ties.
-    likeliest_N = (teacher_NV == teacher_NV.amax(1, keepdim=True)).int().argmax(1)
+    likeliest_N = targets.rows()[0].argmax(1)
     of_target_N, of_others_N = _normalised(targets, likeliest_N, temperature)
     return of_target_N + gamma * of_others_N
 

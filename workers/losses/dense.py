@@ -52,7 +52,8 @@ def dense_loss(
     ):
         if wanted and given is None:
             raise TypeError(f"{name} needs {argument}")
-    value = _masked_mean(loss, loss.defaults() | params, student_logits_NV, teacher_logits_NV, mask_N, labels, counts)
+    params = loss.defaults() | {key: loss.parameters[key].read(value) for key, value in params.items()}
+    value = _masked_mean(loss, params, student_logits_NV, teacher_logits_NV, mask_N, labels, counts)
     if loss.prompt is not None and prompt_mask is not None:
         prompt, prompt_params = loss.prompt
         params = LOSSES[prompt].defaults() | dict(prompt_params)

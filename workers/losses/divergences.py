@@ -15,6 +15,9 @@ from torch import Tensor
 from workers.losses.loss import T_SQUARED, Loss, Need, Parameter, temperature_of
 from workers.losses.targets import Targets
 
+_NEAR_ZERO = 1e-8
+"""Exponents below it are taken for 0: the general form divides by them what has cancelled."""
+
 
 def kl_divergence(log_p_NX: Tensor, log_q_NX: Tensor) -> Tensor:
     """KL(p || q) per row, in nats. [N]"""
@@ -45,6 +48,8 @@ def ab_divergence(log_p_NX: Tensor, log_q_NX: Tensor, alpha: float, beta: float)
     (1, 0) is KL(p || q), (0, 1) is KL(q || p), (0.5, 0.5) four times the squared Hellinger distance.
     """
     log_ratio_NX = log_p_NX - log_q_NX
+    total = alpha + beta
+    alpha, beta, total = (0.0 if abs(value) < _NEAR_ZERO else value for value in (alpha, beta, total))
     if alpha == 0.0 and beta == 0.0:
         return 0.5 * log_ratio_NX.square().sum(1)
     if alpha == 0.0:
@@ -53,7 +58,6 @@ def ab_divergence(log_p_NX: Tensor, log_q_NX: Tensor, alpha: float, beta: float)
     if beta == 0.0:
         terms_NX = (alpha * log_p_NX).exp() * (alpha * log_ratio_NX - 1.0) + (alpha * log_q_NX).exp()
         return terms_NX.sum(1) / alpha**2
-    total = alpha + beta
     if total == 0.0:
         return (torch.expm1(alpha * log_ratio_NX) - alpha * log_ratio_NX).sum(1) / alpha**2
     terms_NX = (

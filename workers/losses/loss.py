@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -26,6 +26,15 @@ class Parameter:
     """The type it may have beside None, where the default is None."""
     at_most: Literal["", "stored", "vocabulary"] = ""
     """What the default shrinks to: the ids the cache stores, or all there are. What is asked for by name never does."""
+
+    @property
+    def wants_float(self) -> bool:
+        return isinstance(self.default, float) or self.optional == "float"
+
+    def read(self, value: Any) -> Any:
+        """The value as the loss takes it: a whole number may stand for a real one."""
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return float(value) if self.wants_float and whole else value
 
 
 @dataclass(frozen=True)

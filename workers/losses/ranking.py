@@ -62,14 +62,23 @@ def rank_loss(targets: Targets, *, k: int, eps: float, **_: object) -> Tensor:
         soft_rank(torch.cat([led.teacher_NK, own.teacher_NK], dim=1), valid_NU, eps),
         soft_rank(torch.cat([led.student_NK, own.student_NK], dim=1), valid_NU, eps),
     )
-    size_N1 = valid_NU.sum(1, keepdim=True)
-    teacher_NU, student_NU = (
-        torch.where(valid_NU, rank_NU - (rank_NU * valid_NU).sum(1, keepdim=True) / size_N1, 0.0) for rank_NU in ranks
-    )
+    teacher_NU, student_NU = (_centred(rank_NU, valid_NU) for rank_NU in ranks)
+    flat_N = _is_flat(ranks[0], teacher_NU) | _is_flat(ranks[1], student_NU)
     spread_N = teacher_NU.square().sum(1) * student_NU.square().sum(1)
-    alike_N = spread_N <= torch.finfo(spread_N.dtype).eps
-    correlation_N = (teacher_NU * student_NU).sum(1) / torch.where(alike_N, 1.0, spread_N).sqrt()
-    return torch.where(alike_N, 0.0, 1.0 - correlation_N)
+    correlation_N = (teacher_NU * student_NU).sum(1) / torch.where(flat_N, 1.0, spread_N).sqrt()
+    return torch.where(flat_N, 0.0, 1.0 - correlation_N)
+
+
+def _centred(ranks_NU: Tensor, valid_NU: Tensor) -> Tensor:
+    """The valid ranks less their mean, 0 elsewhere. [N, U]"""
+    mean_N1 = (ranks_NU * valid_NU).sum(1, keepdim=True) / valid_NU.sum(1, keepdim=True)
+    return torch.where(valid_NU, ranks_NU - mean_N1, 0.0)
+
+
+def _is_flat(ranks_NU: Tensor, centred_NU: Tensor) -> Tensor:
+    """Whether the ranks differ by no more than their rounding. [N]"""
+    rounding_N = 2 * torch.finfo(ranks_NU.dtype).eps * ranks_NU.detach().abs().amax(1)
+    return centred_NU.detach().abs().amax(1) <= rounding_N
 
 
 def overlap(teacher_ids_NK: Tensor, student_ids_NK: Tensor) -> Tensor:

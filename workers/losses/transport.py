@@ -18,11 +18,10 @@ def sinkd(targets: Targets, *, temperature: float, eps: float, iters: int, coef:
     """
     teacher_NV, student_NV = targets.rows()
     cost_NN = torch.cdist((student_NV / temperature).softmax(1), (teacher_NV / temperature).softmax(1), p=1.0)
-    plan_NN = (-cost_NN / eps).exp()
+    log_plan_NN = -cost_NN / eps  # logarithms, for a small eps leaves whole rows below the smallest float
     for _iteration in range(iters):
-        plan_NN = plan_NN / plan_NN.sum(1, keepdim=True)
-        plan_NN = plan_NN / plan_NN.sum(0, keepdim=True)
-    return coef * (plan_NN * cost_NN).sum(1)
+        log_plan_NN = log_plan_NN.log_softmax(1).log_softmax(0)
+    return coef * (log_plan_NN.exp() * cost_NN).sum(1)
 
 
 LOSSES = (
