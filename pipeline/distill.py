@@ -22,6 +22,7 @@ from workers.distill.checks import asked_of, check, needs_lookups
 from workers.distill.config import DistillConfig
 from workers.distill.loss_config import LossConfig
 from workers.distill.order import ORDER_VERSION
+from workers.distill.terms import losses_of
 from workers.distill.train import Training, num_steps_of, order_of, prepare
 from workers.errors import InputError
 from workers.lookup.opening import open_log, source_of_misses
@@ -79,7 +80,10 @@ def expected_work(config: DistillConfig, readers: Sequence[CacheReader]) -> dict
         "sequences_in_cache": sum(len(reader) for reader in readers),
         "positions_in_cache": sum(reader.manifest.num_positions for reader in readers),
         "sequences_per_epoch": list(order.quotas),
-        "loss": {"name": config.loss.name, **_parameters_in_full(config.loss, readers)},
+        **{
+            key: {"name": loss.name, **_parameters_in_full(loss, readers)}
+            for key, loss in zip(("loss", "prompt_loss"), losses_of(config).values(), strict=False)
+        },
         "lookups_from": ", ".join(dict.fromkeys(sources)),
     }
 
@@ -139,7 +143,7 @@ def _made_of(
         "manifest_sha256": [reader.manifest_sha256 for reader in readers],
         "eval_manifest_sha256": eval_reader.manifest_sha256 if eval_reader else None,
         "student_fingerprint": identity_of(config.student, None).fingerprint,
-        "loss_parameters": _parameters_in_full(config.loss, readers),
+        "loss_parameters": {part: _parameters_in_full(loss, readers) for part, loss in losses_of(config).items()},
         "order_version": ORDER_VERSION,
         "device": device_name(device),
         "versions": {

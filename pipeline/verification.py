@@ -43,4 +43,3 @@ def verify_cache(cache_dir: Path, lookups: Path | None = None) -> dict[str, Any]
         "log_files": log_files,
         "errors": errors,
     }
-

@@ -105,7 +105,7 @@ def test_the_few_leading_ids_of_other_losses_never_shrink(name):
 
 def test_the_thesis_s_total_brings_a_loss_for_the_prompt_wherever_it_stands_in_a_sum():
     for name in ("bild_total", "sft+bild_total"):
-        assert LossConfig(name=name).on_prompt == ("kl", {"temperature": 1.0})
+        assert LossConfig(name=name).on_prompt == LossConfig(name="1.0*kl", temperature=1.0)
     assert LossConfig(name="bild+kl").on_prompt is None
 
 
@@ -161,8 +161,8 @@ def meaning(name, key):
         ),
         ({"name": "gjsd", "beta": 1.5}, f"loss.beta=1.5: give at most 1: {meaning('gjsd', 'beta')}"),
         (
-            {"name": "logistic_ranking", "k": 257},
-            f"loss.k=257: give at most 256: {meaning('logistic_ranking', 'k')}",
+            {"name": "logistic_ranking", "k": 129},
+            f"loss.k=129: give at most 128: {meaning('logistic_ranking', 'k')}",
         ),
         ({"name": "taid", "t": 1.5}, f"loss.t=1.5: give at most 1: {meaning('taid', 't')}"),
         (

@@ -78,6 +78,20 @@ def test_whole_rows_come_from_a_cache_of_draws_too(teacher_dir: Path, sampled: P
     )
 
 
+def test_a_log_of_a_cache_of_draws_serves_the_next_run(teacher_dir: Path, sampled: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(sampled, bare)
+    for states in bare.glob("*.hidden.parquet"):
+        states.unlink()
+    first, second = (
+        pipeline(*distill(bare, teacher_dir, "kl", *teacher, "--epochs", 1, "--out", tmp_path / name, "--json")).json
+        for name, teacher in (("first", ("--teacher", teacher_dir)), ("second", ()))
+    )
+    assert first["teacher_forwards"] == 24
+    assert second["teacher_forwards"] == 0
+    assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
+
+
 def test_a_held_out_cache_of_draws_is_refused_before_the_run(
     teacher_dir: Path, cache_dir: Path, sampled: Path, tmp_path: Path
 ) -> None:
@@ -93,6 +107,17 @@ def test_a_sum_s_loss_is_the_sum_of_its_weighted_terms(teacher_dir: Path, cache_
     whole, bild, sft = (steps_of(tmp_path / name)[0] for name in ("sum", "bild", "sft"))
     assert whole["terms"] == pytest.approx([bild["loss"], 0.5 * sft["loss"]], rel=1e-5)
     assert whole["loss"] == pytest.approx(bild["loss"] + 0.5 * sft["loss"], rel=1e-5)
+
+
+def test_a_loss_that_brings_one_for_the_prompt_gives_it_its_weight(
+    teacher_dir: Path, all_positions: Path, tmp_path: Path
+) -> None:
+    terms = {}
+    for name, loss in (("whole", "bild_total+sft"), ("half", "0.5*bild_total+sft")):
+        assert pipeline(*distill(all_positions, teacher_dir, loss, "--steps", 1, "--out", tmp_path / name)).code == 0
+        terms[name] = steps_of(tmp_path / name)[0]["terms"]
+    bild, sft, prompt = terms["whole"]
+    assert terms["half"] == pytest.approx([0.5 * bild, sft, 0.5 * prompt], rel=1e-5)
 
 
 def test_parameters_of_a_sum_stand_in_their_loss_s_table(teacher_dir: Path, cache_dir: Path) -> None:
@@ -136,8 +161,8 @@ def test_a_moving_target_goes_on_where_it_stood(teacher_dir: Path, cache_dir: Pa
 @pytest.mark.parametrize(
     ("loss", "options", "says"),
     [
-        ("kl", (), "choose a loss that the stored top-k serves (tail_gjsd)"),
-        ("rkl", (), "tail_gjsd --set loss.beta=1"),
+        ("kl", (), "choose a loss that the stored top-k serves (tail_gjsd --set loss.temperature=3.0)"),
+        ("rkl", (), "(tail_gjsd --set loss.beta=1.0 --set loss.temperature=3.0)"),
         ("csd", (), "--hidden-states"),
         ("tail_gjsd", ("--set", "loss.temperature=2.0"), "cache.temperatures=[1, 2, 3]"),
         ("tail_gjsd", ("--set", "loss.temperature=2.0"), "give --set loss.temperature=1"),

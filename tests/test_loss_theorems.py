@@ -122,7 +122,7 @@ def test_the_loss_is_the_mean_of_its_positions_unless_they_have_one_value_or_wei
     ]
     together = loss_of(name, student, teacher, **extras, **params)
     mean = torch.stack(alone).mean()
-    if LOSSES[name].joint:
+    if LOSSES[name].group_size:
         assert abs(float(together - mean)) > 1e-3 * float(mean)
     elif LOSSES[name].weights is None:
         torch.testing.assert_close(together, mean, **TIGHT)

@@ -64,7 +64,7 @@ def test_value_and_gradient_are_the_oracle_s(case):
 
 @pytest.mark.parametrize("case", [case for case in CASES if "per_position" in case], ids=case_name)
 def test_values_come_position_by_position(case):
-    assert not LOSSES[case["loss"]].joint
+    assert not LOSSES[case["loss"]].group_size
     assert LOSSES[case["loss"]].weights is None
     student, teacher, mask, extras = problem_of(case)
     for position in mask.nonzero().flatten().tolist():
@@ -222,3 +222,14 @@ def test_what_a_loss_needs_beside_the_logits_is_asked_for(argument, names):
 def test_a_temperature_may_be_a_whole_number():
     student, teacher = random_logits(0), random_logits(1)
     assert float(loss_of("kl", student, teacher, T=2)) == float(loss_of("kl", student, teacher, T=2.0))
+
+
+@pytest.mark.parametrize("name", ["normkd", "dkd_norm", "dld"])
+def test_a_student_that_tells_no_ids_apart_has_a_number(name):
+    params = {"normalize": "std"} if name == "dld" else {}
+    student = torch.full((2, 9), 0.5, requires_grad=True)
+    teacher = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    value = dense_loss(name, student, teacher, torch.ones(2), labels=torch.tensor([1, 2]), **params)
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(student.grad).all()

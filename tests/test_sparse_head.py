@@ -118,7 +118,7 @@ def test_a_run_repeats_bit_for_bit():
     for _ in range(3):
         head, hidden, ids = problem(200, 40, 24, 16, bias=True, dtype=torch.float32)
         chosen = logits_at(head, hidden, ids)
-        values = row_loss(head, hidden, lambda logits, rows: 0.3 * logits.logsumexp(1)[None])[0]
+        values = row_loss(head, hidden, lambda logits, rows: [0.3 * logits.logsumexp(1)])[0]
         runs.append([chosen, values, *gradients(uneven(chosen) + values, head, hidden)])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
@@ -129,8 +129,8 @@ def whole_row_loss(name, head, hidden, teacher, labels, weights, spans=None):
 
     def values_of(student, rows):
         targets = Targets(student_row_NV=student, teacher_row_NV=teacher[rows], labels_N=labels[rows])
-        values = LOSSES[name].values(targets, **LOSSES[name].defaults())
-        return torch.stack([weight * values for weight in weights])
+        for weight in weights:
+            yield weight * LOSSES[name].values(targets, **LOSSES[name].defaults())
 
     return row_loss(head, hidden, values_of, spans)
 
@@ -169,7 +169,7 @@ def test_a_loss_on_whole_rows_and_its_gradients_are_the_dense_ones(name, options
 
 def test_no_rows_have_a_zero_loss_that_backpropagates():
     head, hidden, _ = problem(num_positions=0, bias=True)
-    total, sums = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1)[None])
+    total, sums = row_loss(head, hidden, lambda logits, rows: [logits.logsumexp(1)])
     assert float(total.detach()) == 0
     assert sums.tolist() == [0]
     assert not any(gradient.any() for gradient in gradients(total, head, hidden))
@@ -178,7 +178,7 @@ def test_no_rows_have_a_zero_loss_that_backpropagates():
 def test_without_gradients_there_are_values_alone():
     head, hidden, _ = problem()
     with torch.no_grad():
-        total, sums = row_loss(head, hidden, lambda logits, rows: 2.0 * logits.logsumexp(1)[None])
+        total, sums = row_loss(head, hidden, lambda logits, rows: [2.0 * logits.logsumexp(1)])
     torch.testing.assert_close(sums[0], 2.0 * dense_logits(head, hidden).logsumexp(1).sum().detach())
     assert not total.requires_grad
     assert float(total) == pytest.approx(float(sums.sum()))
@@ -187,7 +187,7 @@ def test_without_gradients_there_are_values_alone():
 def test_a_frozen_head_still_hands_the_gradient_down():
     head, hidden, ids = problem()
     frozen = LMHead(head.weight_VD.detach())
-    total = row_loss(frozen, hidden, lambda logits, rows: logits.logsumexp(1)[None])[0]
+    total = row_loss(frozen, hidden, lambda logits, rows: [logits.logsumexp(1)])[0]
     expected = dense_logits(frozen, hidden)
     for ours, theirs in (
         (total, expected.logsumexp(1).sum()),
@@ -203,7 +203,7 @@ def test_a_frozen_head_still_hands_the_gradient_down():
 
 def test_a_second_backward_of_a_row_loss_is_an_error():
     head, hidden, _ = problem()
-    total = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1)[None])[0]
+    total = row_loss(head, hidden, lambda logits, rows: [logits.logsumexp(1)])[0]
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward only"):
         total.backward()
@@ -224,7 +224,7 @@ def test_a_gradient_of_the_gradient_is_an_error(which):
     if which == "chosen":
         loss = logits_at(head, hidden, ids).square().sum()
     else:
-        loss = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1)[None])[0].square()
+        loss = row_loss(head, hidden, lambda logits, rows: [logits.logsumexp(1)])[0].square()
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -245,7 +245,7 @@ def test_tied_embeddings_get_both_gradients():
         atol=1e-12,
     )
     torch.testing.assert_close(
-        tied(lambda hidden: row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1)[None])[0]),
+        tied(lambda hidden: row_loss(head, hidden, lambda logits, rows: [logits.logsumexp(1)])[0]),
         tied(lambda hidden: dense_logits(head, hidden).logsumexp(1).sum()),
         rtol=1e-11,
         atol=1e-12,
@@ -311,7 +311,7 @@ def test_the_whole_logits_never_exist(monkeypatch, which):
         if which == "chosen":
             loss = logits_at(head, hidden, student_top_k(head, hidden, 8)).sum()
         else:
-            loss = row_loss(head, hidden, lambda logits, rows: logits.logsumexp(1)[None])[0]
+            loss = row_loss(head, hidden, lambda logits, rows: [logits.logsumexp(1)])[0]
         loss.backward()
     assert largest.num_elements <= 40 * vocab_size  # the chunk, far below the 1,200,000 of [N, V]
     with LargestTensor() as dense:

@@ -178,7 +178,7 @@ TERMS = {
     **{
         f"{name}, by its defaults": [term(name, **({"k": 8} if "k" in loss.parameters else {}))]
         for name, loss in LOSSES.items()
-        if not loss.joint and "samples" not in loss.needs  # what dense logits have no counterpart of
+        if not loss.group_size and "samples" not in loss.needs  # what dense logits have no counterpart of
     },
 }
 
@@ -369,7 +369,7 @@ def test_chunks_of_the_head_change_memory_not_the_training(tiny, monkeypatch, na
 def test_lookups_are_counted_for_the_ids_the_student_leads_with(tiny):
     model, batch = build_student(), collate(tiny.reader, range(7), ["response"], CPU)
     module = module_of(tiny, model)
-    module(batch, TERMS["bild"])
+    module(batch, for_step(TERMS["bild"], [batch]))
     counts, forwards = module._ladders[0].take_counts()
     assert sum(counts.values()) == 8 * batch.num_positions("response")
     assert counts["cached"] + counts["hidden"] == sum(counts.values())

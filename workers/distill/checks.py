@@ -12,6 +12,7 @@ from workers.distill.terms import losses_of
 from workers.errors import InputError
 from workers.lookup.live import require_same_teacher
 from workers.lookup.opening import Asked, open_log, require_ways, source_of_misses
+from workers.losses.catalogue import LOSSES
 from workers.losses.loss import Loss
 from workers.teacher.checkpoint import context_length, identity_of, model_directory, read_text_config
 from workers.tokenizers import check_same_vocabulary, load_tokenizer
@@ -44,7 +45,7 @@ def check(config: DistillConfig) -> list[CacheReader]:
 def needs_lookups(config: DistillConfig) -> bool:
     """Whether a loss asks for more than the stored top-k."""
     return any(
-        summand.loss.needs & {"lookups", "full_row"} for _, loss in losses_of(config) for summand in loss.summands
+        summand.loss.needs & {"lookups", "full_row"} for loss in losses_of(config).values() for summand in loss.summands
     )
 
 
@@ -66,7 +67,7 @@ def check_needs(config: DistillConfig, reader: CacheReader) -> None:
             f"{asks} needs the teacher at the prompt's positions, {reader.cache_dir} holds those of the "
             f"response: dump with --positions all, or leave the prompt loss out."
         )
-    for part, loss in losses_of(config):
+    for part, loss in losses_of(config).items():
         for summand in loss.summands:
             _check_summand(config, reader, "loss" if part == "response" else "prompt_loss", summand)
 
@@ -93,7 +94,7 @@ def _check_summand(config: DistillConfig, reader: CacheReader, key: str, summand
     if "logsumexp" in loss.needs:
         _check_temperature(reader, key, loss, loss.temperature(params))
     if loss.needs & {"lookups", "full_row"}:
-        _check_misses(config, reader, key, loss)
+        _check_misses(config, reader, key, summand)
 
 
 def _check_capture(reader: CacheReader, key: str, loss: Loss) -> None:
@@ -124,9 +125,10 @@ def _check_temperature(reader: CacheReader, key: str, loss: Loss, temperature: f
     )
 
 
-def _check_misses(config: DistillConfig, reader: CacheReader, key: str, loss: Loss) -> None:
+def _check_misses(config: DistillConfig, reader: CacheReader, key: str, summand: Summand) -> None:
     """Something must answer what is not in the stored top-k."""
     _check_all_or_none(reader)
+    loss = summand.loss
     source, rows = source_of_misses(reader, asked_of(config)), "full_row" in loss.needs
     if source == "cached" or (rows and source == "bound"):
         asks = "the teacher's whole rows" if rows else "the teacher's logits at the student's own top-k"
@@ -138,13 +140,31 @@ def _check_misses(config: DistillConfig, reader: CacheReader, key: str, loss: Lo
         raise InputError(
             f"{key} {loss.name} needs {asks}, and {reader.cache_dir} has no hidden states{logged}. Give --teacher "
             f"{reader.plan.teacher.name}{bound}; or dump again without --no-hidden-states (with --hidden-states); or "
-            f"choose a loss that the stored top-k serves ({loss.tail_form or 't_ld, topk_kl'})."
+            f"choose a loss that the {_near(reader, key, summand)}."
         )
     if rows and source == "live" and config.lookups.log == "logits":
         raise InputError(
             f"{key} {loss.name} needs the teacher's whole rows, which a log of logits cannot keep: give --log hidden, "
             f"or --log none to run the teacher in every epoch."
         )
+
+
+def _near(reader: CacheReader, key: str, summand: Summand) -> str:
+    """The losses that what is stored serves, the one nearest to a given one first and with what it must be told."""
+    plan = reader.plan
+    if plan.sampling:
+        return "draws serve (rskd)"
+    if summand.loss.tail_form is None:
+        return "stored top-k serves (t_ld, topk_kl)"
+    name, told = summand.loss.tail_form
+    params = {**summand.parameters(plan.top_k, plan.tokenizer.vocab_size), **told}
+    near = LOSSES[name].parameters
+    settings = [
+        f" --set {key}.{param}={params[param]}"
+        for param in near
+        if param in params and params[param] != near[param].default
+    ]
+    return f"stored top-k serves ({name}{''.join(settings)})"
 
 
 def _check_all_or_none(reader: CacheReader) -> None:

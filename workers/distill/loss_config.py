@@ -55,18 +55,25 @@ class LossConfig(BaseModel):
         return tuple(Summand(LOSSES[name], weight, given[name]) for name, weight in _parse(self.name))
 
     @property
-    def on_prompt(self) -> tuple[str, Params] | None:
-        """The loss that one of these brings along for the prompt's positions."""
-        return next((summand.loss.prompt for summand in self.summands if summand.loss.prompt), None)
+    def on_prompt(self) -> "LossConfig | None":
+        """The loss that one of these brings along for the prompt's positions, with the weight of the one."""
+        for summand in self.summands:
+            if summand.loss.prompt:
+                name, params = summand.loss.prompt
+                return LossConfig(name=f"{summand.weight!r}*{name}", **params)
+        return None
 
     @model_validator(mode="after")
     def _known(self) -> "LossConfig":
         for name, given in self._given().items():
             for key, value in given.items():
                 _require_in_range(name, key, value, LOSSES[name].parameters[key])
-        if any(summand.given.get("dynamic") for summand in self.summands) and len(self.summands) == 1:
-            raise ValueError("loss.dynamic weighs the other losses of a sum: write 2*rank_loss+kl, or leave it out")
         for summand in self.summands:
+            switch = summand.loss.weighs_others
+            if switch and summand.given.get(switch) and len(self.summands) == 1:
+                raise ValueError(
+                    f"loss.{switch} weighs the other losses of a sum: write 2*rank_loss+kl, or leave it out"
+                )
             start, end = (summand.default_or_given(key) for key in ("t_start", "t_end"))
             if isinstance(start, float) and isinstance(end, float) and start > end:
                 raise ValueError(f"loss.t_start={start:g} lies above loss.t_end={end:g}: t only grows; lower it")

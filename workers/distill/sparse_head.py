@@ -9,7 +9,7 @@ Shape suffixes: N = positions, C = positions of a chunk, V = vocabulary, D = hid
 S = losses.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ def logits_at(head: LMHead, hidden_ND: Tensor, ids_NM: Tensor) -> Tensor:
 def row_loss(
     head: LMHead,
     hidden_ND: Tensor,
-    values_of: Callable[[Tensor, slice], Tensor],
+    values_of: Callable[[Tensor, slice], Iterable[Tensor]],
     spans: Sequence[slice] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Losses on whole rows of the student, summed over the positions.
@@ -77,7 +77,8 @@ def row_loss(
     Gradients are computed with the values, while a chunk's logits exist: no logits are kept, none computed twice.
 
     Args:
-        values_of: maps a chunk's float32 logits [C, V] and its slice of the positions to the values [S, C] of S losses.
+        values_of: maps a chunk's float32 logits [C, V] and its slice of the positions to the values [C] of each loss,
+            one after the other: what one needs for its gradient is gone before the next is computed.
         spans: the chunks, where it matters which positions are seen together; otherwise as many as memory is good for.
 
     Returns:
@@ -154,7 +155,7 @@ class _RowLoss(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         head: LMHead,
-        values_of: Callable[[Tensor, slice], Tensor],
+        values_of: Callable[[Tensor, slice], Iterable[Tensor]],
         spans: Sequence[slice] | None,
     ) -> tuple[Tensor, Tensor]:
         compute_VD = weight_VD.to(hidden_ND.dtype)
@@ -166,18 +167,26 @@ class _RowLoss(torch.autograd.Function):
             grad_weight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device)
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
         sums = []
-        # A loss of one chunk holds about five tensors of its size.
+        # A loss of one chunk holds four (sft) to eleven (akl) tensors of its size; see ``benchmarks/bench_losses.py``.
         for rows in spans or chunks(len(hidden_ND), 4 * 2 * head.vocab_size, hidden_ND.device):
             products_CV = float32_matmul(hidden_ND[rows], compute_VD)
             if bias_V is not None:
                 products_CV += bias_V.to(wide)
             with torch.set_grad_enabled(wants_gradient):
                 products_CV.requires_grad_(wants_gradient)
-                sums_S = values_of(head.finish(products_CV, None), rows).sum(1)
-                total = sums_S.sum()
-            sums.append(sums_S.detach())
-            if wants_gradient:
-                (grad_CV,) = torch.autograd.grad(total, products_CV)
+                finished_CV = head.finish(products_CV, None)
+                # Cut off, for each loss goes back to here on its own.
+                logits_CV = finished_CV.detach().requires_grad_(wants_gradient)
+                grad_CV = torch.zeros_like(logits_CV) if wants_gradient else None
+                values = []
+                for values_C in values_of(logits_CV, rows):
+                    values.append(values_C.detach().sum())
+                    if grad_CV is not None:
+                        grad_CV += torch.autograd.grad(values_C.sum(), logits_CV)[0]
+            sums.append(torch.stack(values))
+            if grad_CV is not None:
+                if finished_CV is not products_CV:
+                    (grad_CV,) = torch.autograd.grad(finished_CV, products_CV, grad_CV)
                 narrow_CV = grad_CV.to(hidden_ND.dtype)
                 grad_hidden_ND[rows] = narrow_CV @ compute_VD
                 if grad_weight_VD is not None:

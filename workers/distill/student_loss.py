@@ -7,16 +7,18 @@ Shape suffixes: B = sequences, T = tokens, N = positions, C = positions of a chu
 K = leading ids, S = terms.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from workers.distill.sparse_head import logits_at, row_loss, student_top_k
-from workers.distill.terms import Term, groups_of
+from workers.distill.terms import ScaledTerm, Term, groups_of
 from workers.lookup.batch import Batch, TeacherPositions
 from workers.lookup.ladder import Ladder
+from workers.losses.loss import Need
 from workers.losses.ranking import overlap
 from workers.losses.targets import Drawn, Targets, TopK, tail_below
 from workers.teacher.checkpoint import body_of
@@ -33,8 +35,10 @@ class StudentLoss(nn.Module):
         self._vocab_size = vocab_size
         self._autocast = autocast
 
-    def forward(self, batch: Batch, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, terms: Sequence[ScaledTerm]) -> tuple[Tensor, Tensor]:
         """The batch's share of the step's loss: of each term, the sum of its values times its scale.
+
+        Under autocast, losses on leading ids read logits of float32 weights, losses on whole rows of bfloat16 ones.
 
         Args:
             terms: scaled for the whole step, all its micro-batches and ranks.
@@ -46,9 +50,9 @@ class StudentLoss(nn.Module):
             # No attention mask: the padding is on the right, where a causal model cannot look.
             body = body_of(self.model)
             hidden_BTD = body(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
-        loss, shares_S = _zeros(hidden_BTD, len(terms))
+        loss = hidden_BTD.new_zeros((), dtype=torch.float32)
+        shares = [loss.detach()] * len(terms)
         for part, positions in batch.parts.items():
-            places = [place for place, term in enumerate(terms) if term.part == part]
             hidden_ND = hidden_BTD[positions.sequence_of_N, positions.token_of_N]
             if self._autocast:
                 # Autocast leaves the final norm's output in float32; the head's matmuls are a small model's largest.
@@ -56,103 +60,108 @@ class StudentLoss(nn.Module):
             if len(positions) == 0:
                 loss = loss + hidden_ND.sum() * 0.0
                 continue
-            share, shares = self._part(positions, hidden_ND, [terms[place] for place in places], batch.cache)
-            loss = loss + share
-            shares_S[places] = shares
-        return loss, shares_S
+            here = [place for place, scaled in enumerate(terms) if scaled.term.part == part]
+            sparse = [place for place in here if not terms[place].term.loss.student_row]
+            whole = [place for place in here if terms[place].term.loss.student_row]
+            pass_over = _Pass(positions, hidden_ND, head_of(self.model, self._vocab_size), self._ladders[batch.cache])
+            student_ids_NK = pass_over.student_ids([terms[place].term for place in here])
+            factors = pass_over.factors([terms[place].term for place in here], student_ids_NK)
+            for places, run in ((sparse, pass_over.on_leading_ids), (whole, pass_over.on_rows)):
+                if places:
+                    factor_of = [factors[here.index(place)] for place in places]
+                    share, values = run([terms[place] for place in places], factor_of, student_ids_NK)
+                    loss = loss + share
+                    for place, value in zip(places, values, strict=True):
+                        shares[place] = value
+        return loss, torch.stack(shares).float()
 
-    def _part(
-        self, positions: TeacherPositions, hidden_ND: Tensor, terms: Sequence[Term], cache: int
-    ) -> tuple[Tensor, Tensor]:
-        """The terms' sum (differentiable) and their shares (detached, [S]) at one part of the positions."""
-        head, ladder = head_of(self.model, self._vocab_size), self._ladders[cache]
-        factor = _Factor(positions, hidden_ND, head, terms)
-        sparse = [place for place, term in enumerate(terms) if not term.loss.student_row]
-        whole = [place for place, term in enumerate(terms) if term.loss.student_row]
-        total, shares_S = _zeros(hidden_ND, len(terms))
-        if sparse:
-            chosen = [terms[place] for place in sparse]
-            targets = self._leading(positions, hidden_ND, head, chosen, ladder)
-            values = [(factor.of(term) * term.values(targets)).sum() for term in chosen]
-            total = total + torch.stack(values).sum()
-            shares_S[sparse] = torch.stack(values).detach()
-        if whole:
-            chosen = [terms[place] for place in whole]
-            of_rows, sums = row_loss(
-                head, hidden_ND, _values_on_rows(positions, chosen, ladder, factor), groups_of(positions, chosen)
+
+@dataclass(frozen=True)
+class _Pass:
+    """One part of a batch's positions, and what its losses are made from."""
+
+    positions: TeacherPositions
+    hidden_ND: Tensor
+    head: LMHead
+    ladder: Ladder
+
+    def student_ids(self, terms: Sequence[Term]) -> Tensor:
+        """As many of the student's leading ids as any of the terms asks for, none if none does. [N, K]"""
+        most = _largest_k(term for term in terms if term.loss.student_led)
+        return student_top_k(self.head, self.hidden_ND, most) if most else self.positions.token_ids_NK[:, :0]
+
+    def factors(self, terms: Sequence[Term], student_ids_NK: Tensor) -> list[Tensor | None]:
+        """What multiplies each term's values, position by position: RLKD's dynamic factor, for all but its own term."""
+        owner = next((t for t in terms if t.loss.weighs_others and t.params[t.loss.weighs_others]), None)
+        if owner is None:
+            return [None] * len(terms)
+        share_N = overlap(self.positions.token_ids_NK[:, : owner.k], student_ids_NK[:, : owner.k])
+        return [None if term is owner else share_N for term in terms]
+
+    def on_leading_ids(
+        self, terms: Sequence[ScaledTerm], factors: Sequence[Tensor | None], student_ids_NK: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The terms' sum (differentiable) and each one's (detached)."""
+        targets = self._leading([scaled.term for scaled in terms], student_ids_NK)
+        sums = [_times(factor, scaled.values(targets)).sum() for scaled, factor in zip(terms, factors, strict=True)]
+        return torch.stack(sums).sum(), [value.detach() for value in sums]
+
+    def on_rows(
+        self, terms: Sequence[ScaledTerm], factors: Sequence[Tensor | None], student_ids_NK: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The same of losses that read the student's whole rows; the leading ids are cut from those."""
+        positions, needs = self.positions, frozenset[Need]().union(*(scaled.term.loss.needs for scaled in terms))
+        tails = _tails(positions, [scaled.term for scaled in terms], positions.token_ids_NK.shape[1])
+
+        def values_of(student_CV: Tensor, chunk: slice) -> Iterator[Tensor]:
+            ids_CK, drawn = positions.token_ids_NK[chunk], positions.drawn
+            targets = Targets(
+                teacher_led=TopK(ids_CK, positions.logits_NK[chunk], student_CV.gather(1, ids_CK)),
+                tails={temperature: tail_N[chunk] for temperature, tail_N in tails.items()},
+                student_row_NV=student_CV,
+                teacher_row_NV=self.ladder.rows(positions, chunk) if "full_row" in needs else None,
+                labels_N=positions.labels_N[chunk],
+                drawn=None
+                if drawn is None
+                else Drawn(drawn.counts_NU[chunk], student_CV.gather(1, drawn.token_ids_NU[chunk])),
             )
-            total = total + of_rows
-            shares_S[whole] = sums
-        return total, shares_S
+            for scaled, factor in zip(terms, factors, strict=True):
+                yield _times(None if factor is None else factor[chunk], scaled.values(targets))
 
-    def _leading(
-        self, positions: TeacherPositions, hidden_ND: Tensor, head: LMHead, terms: Sequence[Term], ladder: Ladder
-    ) -> Targets:
+        grouped = [scaled.term for scaled in terms if scaled.term.loss.group_size]
+        spans = groups_of(positions, grouped[0]) if grouped else None
+        total, sums_S = row_loss(self.head, self.hidden_ND, values_of, spans)
+        return total, list(sums_S)
+
+    def _leading(self, terms: Sequence[Term], student_ids_NK: Tensor) -> Targets:
         """Both models' logits at the ids that either leads with, and the labels, as far as any of the terms asks."""
+        positions, head, hidden_ND = self.positions, self.head, self.hidden_ND
         num_teacher = _largest_k(term for term in terms if "top_k" in term.loss.needs)
         num_student = _largest_k(term for term in terms if term.loss.student_led)
         num_asked = _largest_k(term for term in terms if "lookups" in term.loss.needs)
-        teacher_ids_NK = positions.token_ids_NK[:, :num_teacher]
-        student_ids_NK = student_top_k(head, hidden_ND, num_student) if num_student else positions.token_ids_NK[:, :0]
-        columns = [teacher_ids_NK, student_ids_NK]
+        columns = [positions.token_ids_NK[:, :num_teacher], student_ids_NK[:, :num_student]]
         if any(term.loss.reads_label for term in terms):
             columns.append(positions.labels_N.unsqueeze(1))
         chosen_NM = logits_at(head, hidden_ND, torch.cat(columns, dim=1))
-        at_teacher_NK, at_student_NK, at_label_N1 = chosen_NM.tensor_split(
-            [teacher_ids_NK.shape[1], teacher_ids_NK.shape[1] + student_ids_NK.shape[1]], dim=1
-        )
+        borders = [columns[0].shape[1], columns[0].shape[1] + columns[1].shape[1]]
+        at_teacher_NK, at_student_NK, at_label_N1 = chosen_NM.tensor_split(borders, dim=1)
 
         def ahead(num_ids: int) -> Tensor:
-            return student_top_k(head, hidden_ND, min(num_ids, self._vocab_size))
+            return student_top_k(head, hidden_ND, min(num_ids, head.vocab_size))
 
         asked_NK = student_ids_NK[:, :num_asked]
-        teacher_at_student_NK = ladder.logits_at(positions, asked_NK, ahead) if num_asked else asked_NK.float()
+        teacher_at_student_NK = self.ladder.logits_at(positions, asked_NK, ahead) if num_asked else asked_NK.float()
         return Targets(
-            teacher_led=TopK(teacher_ids_NK, positions.logits_NK[:, :num_teacher], at_teacher_NK),
-            student_led=TopK(student_ids_NK, teacher_at_student_NK, at_student_NK),
+            teacher_led=TopK(columns[0], positions.logits_NK[:, :num_teacher], at_teacher_NK),
+            student_led=TopK(columns[1], teacher_at_student_NK, at_student_NK),
             tails=_tails(positions, terms, num_teacher),
             labels_N=positions.labels_N,
             student_label_N=at_label_N1.squeeze(1) if at_label_N1.shape[1] else None,
         )
 
 
-class _Factor:
-    """RLKD's dynamic factor: what multiplies the other losses of a sum with ``rank_loss``, position by position."""
-
-    def __init__(self, positions: TeacherPositions, hidden_ND: Tensor, head: LMHead, terms: Sequence[Term]) -> None:
-        self._owner = next((term for term in terms if term.params.get("dynamic")), None)
-        if self._owner is not None:
-            k = self._owner.k
-            self._share_N = overlap(positions.token_ids_NK[:, :k], student_top_k(head, hidden_ND, k))
-
-    def of(self, term: Term, rows: slice = slice(None)) -> Tensor | float:
-        return 1.0 if self._owner is None or term is self._owner else self._share_N[rows]
-
-
-def _values_on_rows(
-    positions: TeacherPositions, terms: Sequence[Term], ladder: Ladder, factor: _Factor
-) -> Callable[[Tensor, slice], Tensor]:
-    """Maps the student's rows of a chunk to the terms' values there."""
-    asks_top_k = any("top_k" in term.loss.needs for term in terms)
-    asks_rows = any("full_row" in term.loss.needs for term in terms)
-    drawn = positions.drawn if any("samples" in term.loss.needs for term in terms) else None
-    tails = _tails(positions, terms, positions.token_ids_NK.shape[1])
-
-    def values_of(student_CV: Tensor, chunk: slice) -> Tensor:
-        ids_CK = positions.token_ids_NK[chunk]
-        targets = Targets(
-            teacher_led=TopK(ids_CK, positions.logits_NK[chunk], student_CV.gather(1, ids_CK)) if asks_top_k else None,
-            tails={temperature: tail_N[chunk] for temperature, tail_N in tails.items()},
-            student_row_NV=student_CV,
-            teacher_row_NV=ladder.rows(positions, chunk) if asks_rows else None,
-            labels_N=positions.labels_N[chunk],
-            drawn=None
-            if drawn is None
-            else Drawn(drawn.counts_NU[chunk], student_CV.gather(1, drawn.token_ids_NU[chunk])),
-        )
-        return torch.stack([factor.of(term, chunk) * term.values(targets) for term in terms])
-
-    return values_of
+def _times(factor_N: Tensor | None, values_N: Tensor) -> Tensor:
+    return values_N if factor_N is None else factor_N * values_N
 
 
 def _tails(positions: TeacherPositions, terms: Sequence[Term], num_leading: int) -> dict[float, Tensor]:
@@ -162,10 +171,6 @@ def _tails(positions: TeacherPositions, terms: Sequence[Term], num_leading: int)
         temperature: tail_below(positions.logits_NK, positions.tails[temperature], num_leading, temperature)
         for temperature in wanted
     }
-
-
-def _zeros(like: Tensor, num_terms: int) -> tuple[Tensor, Tensor]:
-    return like.new_zeros((), dtype=torch.float32), like.new_zeros(num_terms, dtype=torch.float32)
 
 
 def _largest_k(terms: Iterable[Term]) -> int:

@@ -6,7 +6,7 @@ From "TAID: Temporally Adaptive Interpolated Distillation" (Shing et al. 2025), 
 import math
 from dataclasses import dataclass
 
-from workers.losses.loss import Params
+from workers.losses.loss import Loss, Params
 
 _RATE = 5e-4
 _MOMENTUM = 0.99
@@ -24,15 +24,22 @@ class TaidSchedule:
     """Loss of the step before."""
 
     @classmethod
-    def of(cls, params: Params) -> "TaidSchedule | None":
-        """For a loss that has a t and was given none."""
-        start, end = params.get("t_start"), params.get("t_end")
-        if not isinstance(start, float) or not isinstance(end, float) or params["t"] is not None:
+    def of(cls, loss: Loss, params: Params) -> "TaidSchedule | None":
+        """For a loss whose target moves, unless it was told where to stand."""
+        if not loss.moves or params[loss.moves] is not None:
             return None
+        start, end = params["t_start"], params["t_end"]
+        assert isinstance(start, float)
+        assert isinstance(end, float)
         return cls(start, end, start)
 
     def advance(self, loss: float, done: float) -> None:
-        """After a step: its loss, and the share of the run that is done, from 0 to 1."""
+        """After a step: its loss, and the share of the run that is done, from 0 to 1.
+
+        A loss of 0 says nothing, be it that the step had no position or that the target is the student itself.
+        """
+        if loss == 0.0:
+            return
         if math.isfinite(self.previous):
             change = (self.previous - loss) / (self.previous + 1e-15)
             self.momentum = _MOMENTUM * self.momentum + (1.0 - _MOMENTUM) * change

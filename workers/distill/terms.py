@@ -4,8 +4,8 @@ Every mean is over the whole step. So each term's weights are added up first, ov
 every micro-batch is scaled by the same number: a token weighs the same wherever it lands.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,8 +26,6 @@ class Term:
     params: Params
     weight: float = 1.0
     """In the sum."""
-    scale: float = 1.0
-    """What its values are multiplied with: the weight over what all positions of the step count together."""
 
     @property
     def k(self) -> int:
@@ -35,42 +33,44 @@ class Term:
         assert isinstance(k, int)
         return k
 
-    def values(self, targets: Targets) -> Tensor:
-        """Its values, scaled. [N]"""
-        return self.loss.values(targets, **self.params) * self.scale
-
-    def for_step(self, batches: Iterable[Batch]) -> "Term":
-        """The same term, scaled for a step of these micro-batches."""
+    def for_step(self, batches: Iterable[Batch]) -> "ScaledTerm":
+        """The same term in a step of these micro-batches."""
         total = sum(_weight_of(self, batch.parts[self.part]) for batch in batches if self.part in batch.parts)
-        return replace(self, scale=self.weight / self.loss.divisor(total, self.params))
+        return ScaledTerm(self, self.weight / self.loss.divisor(float(total), self.params))
 
 
-def losses_of(config: DistillConfig) -> list[tuple[Part, LossConfig]]:
+@dataclass(frozen=True)
+class ScaledTerm:
+    """A term in one step."""
+
+    term: Term
+    scale: float
+    """What its values are multiplied with: the weight over what all positions of the step count together."""
+
+    def values(self, targets: Targets) -> Tensor:
+        """Scaled. [N]"""
+        return self.term.loss.values(targets, **self.term.params) * self.scale
+
+
+def losses_of(config: DistillConfig) -> dict[Part, LossConfig]:
     """The parts of the positions that are trained, each with its losses."""
-    losses: list[tuple[Part, LossConfig]] = [("response", config.loss)]
-    if config.prompt_loss is not None:
-        losses.append(("prompt", config.prompt_loss))
-    elif config.loss.on_prompt is not None:
-        name, params = config.loss.on_prompt
-        losses.append(("prompt", LossConfig(name=name, **params)))
-    return losses
+    prompt = config.prompt_loss or config.loss.on_prompt
+    losses: dict[Part, LossConfig] = {"response": config.loss}
+    return losses | ({"prompt": prompt} if prompt else {})
 
 
 def terms_of(config: DistillConfig, top_k: int, vocab_size: int) -> list[Term]:
     """The terms of a run on caches that store ``top_k`` ids, or more, of ``vocab_size``."""
     return [
         Term(part, summand.loss, summand.parameters(top_k, vocab_size), summand.weight)
-        for part, losses in losses_of(config)
+        for part, losses in losses_of(config).items()
         for summand in losses.summands
     ]
 
 
-def groups_of(positions: TeacherPositions, terms: Sequence[Term]) -> list[slice] | None:
-    """Where a term's positions have one value together: runs of so many positions of a sequence; None elsewhere."""
-    joint = [term for term in terms if term.loss.joint]
-    if not joint:
-        return None
-    size = joint[0].params["rows"]
+def groups_of(positions: TeacherPositions, term: Term) -> list[slice]:
+    """The runs of positions of one sequence that have one value together."""
+    size = term.params[term.loss.group_size]
     assert isinstance(size, int)
     groups, start = [], 0
     for member in positions.members:
@@ -80,11 +80,11 @@ def groups_of(positions: TeacherPositions, terms: Sequence[Term]) -> list[slice]
     return groups
 
 
-def _weight_of(term: Term, positions: TeacherPositions) -> float:
-    """What the positions count in the term's mean."""
-    if term.loss.joint:
-        return float(len(groups_of(positions, [term]) or ()))
+def _weight_of(term: Term, positions: TeacherPositions) -> Tensor | int:
+    """What the positions count in the term's mean; on the device where it takes computing."""
+    if term.loss.group_size:
+        return len(groups_of(positions, term))
     if term.loss.weights is None or len(positions) == 0:
-        return float(len(positions))
+        return len(positions)
     logsumexp_N = torch.logaddexp(positions.logits_NK.logsumexp(1), positions.tails[1.0])
-    return float(term.loss.weights(positions.logits_NK, logsumexp_N, **term.params).sum())
+    return term.loss.weights(positions.logits_NK, logsumexp_N, **term.params).sum()

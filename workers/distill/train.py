@@ -19,7 +19,7 @@ from workers.distill.order import Order, Pick
 from workers.distill.student import load_student
 from workers.distill.student_loss import StudentLoss
 from workers.distill.taid import TaidSchedule
-from workers.distill.terms import Term, terms_of
+from workers.distill.terms import ScaledTerm, Term, terms_of
 from workers.errors import InputError
 from workers.lookup.batch import Batch, Part, collate
 from workers.lookup.ladder import TIERS, Ladder
@@ -106,11 +106,13 @@ class Training:
     def _terms_now(self) -> list[Term]:
         """The terms with what moves where it now stands."""
         return [
-            replace(term, params={**term.params, "t": self.moving[place].t}) if place in self.moving else term
+            replace(term, params={**term.params, term.loss.moves: self.moving[place].t})
+            if place in self.moving
+            else term
             for place, term in enumerate(self.terms)
         ]
 
-    def _backward(self, batch: Batch, terms: Sequence[Term]) -> Tensor:
+    def _backward(self, batch: Batch, terms: Sequence[ScaledTerm]) -> Tensor:
         loss, shares = self.student(batch, terms)
         loss.backward()
         detached: Tensor = shares
@@ -170,7 +172,7 @@ def prepare(config: DistillConfig, readers: Sequence[CacheReader], run_dir: Path
         require_plain_head(model, vocab_size)
         student = StudentLoss(model, ladders, vocab_size=vocab_size, autocast=config.dtype == "bfloat16")
         terms = terms_of(config, min(reader.plan.top_k for reader in readers), vocab_size)
-        schedules = {place: TaidSchedule.of(term.params) for place, term in enumerate(terms)}
+        schedules = {place: TaidSchedule.of(term.loss, term.params) for place, term in enumerate(terms)}
         moving = {place: schedule for place, schedule in schedules.items() if schedule}
         optimizer = torch.optim.AdamW(
             [parameter for parameter in student.parameters() if parameter.requires_grad],

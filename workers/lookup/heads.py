@@ -10,7 +10,7 @@ from cache_schema.manifest import LM_HEAD_NAME
 from cache_schema.reader import CacheReader
 from cache_schema.storage import flush, refused, sha256_of
 from workers.device import resolve_device
-from workers.lookup.live import off_stored_logits
+from workers.lookup.live import fault_in_states
 from workers.lookup.states import from_bits
 from workers.teacher.lm_head import LMHead, load_head, save_head
 
@@ -78,7 +78,7 @@ def head_is_gone(log: LookupLog) -> CacheCorruptError:
 
 
 def require_head_of_log(reader: CacheReader, log: LookupLog, head: LMHead) -> None:
-    """Refuse a head that does not make the cache's logits of a few of the log's hidden states.
+    """Refuse a head that does not make what the cache holds of a few of the log's hidden states.
 
     Raises:
         CacheCorruptError: says what to delete.
@@ -89,10 +89,9 @@ def require_head_of_log(reader: CacheReader, log: LookupLog, head: LMHead) -> No
         if states is None:  # folded this instant into a file that was not looked at
             continue
         hidden_PD = from_bits(states, reader.plan.teacher.dtype)
-        difference, tolerance = off_stored_logits(reader, logged[place], hidden_PD, head)
-        if not difference <= tolerance:
+        fault = fault_in_states(reader, logged[place], hidden_PD, head)
+        if fault:
             raise CacheCorruptError(
-                f"{log.lm_head_path} does not belong to the log beside it: recomputed logits of sequence "
-                f"{logged[place]} differ from the stored ones by {difference:.3g} (rounding explains {tolerance:.2g}). "
+                f"{log.lm_head_path} does not belong to the log beside it: in sequence {logged[place]}, {fault}. "
                 f"Delete the log: runs with --teacher write it again."
             )

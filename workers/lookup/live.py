@@ -11,6 +11,7 @@ from cache_schema.manifest import TeacherIdentity
 from cache_schema.reader import CacheReader
 from workers.teacher.dump import batches
 from workers.teacher.lm_head import LMHead
+from workers.teacher.sampling import fault_in_draws
 from workers.teacher.teacher import Teacher
 
 
@@ -41,38 +42,40 @@ class LiveTeacher:
         for batch in batches(list(index_of), self._tokens_per_batch):
             states = self._teacher.hidden_states(batch, plan.positions)
             if not self._checked:  # what the teacher says now is what the cache holds of it
-                self._require_stored_logits(index_of[batch[0]], states[0])
+                self._require_what_is_stored(index_of[batch[0]], states[0])
                 self._checked = True
             found |= {index_of[sequence]: part.cpu() for sequence, part in zip(batch, states, strict=True)}
         self.forwards += len(found)
         return found
 
-    def _require_stored_logits(self, index: int, hidden_PD: Tensor) -> None:
-        if self._reader.plan.sampling:  # draws say too little of logits: its files have to do
-            return
-        difference, tolerance = off_stored_logits(self._reader, index, hidden_PD, self._teacher.lm_head)
-        if not difference <= tolerance:
+    def _require_what_is_stored(self, index: int, hidden_PD: Tensor) -> None:
+        fault = fault_in_states(self._reader, index, hidden_PD, self._teacher.lm_head)
+        if fault:
             dumped_with = self._reader.plan.engine.versions.get("transformers", "unknown")
             raise CacheMismatchError(
-                f"--teacher gives other logits than {self._reader.cache_dir} holds of it: they differ by "
-                f"{difference:.3g} in sequence {index} (rounding explains {tolerance:.2g}). Use the transformers "
-                f"version of the dump ({dumped_with}), or dump again."
+                f"--teacher gives other logits than {self._reader.cache_dir} holds of it: in sequence {index}, "
+                f"{fault}. Use the transformers version of the dump ({dumped_with}), or dump again."
             )
 
 
-def off_stored_logits(reader: CacheReader, index: int, hidden_PD: Tensor, head: LMHead) -> tuple[float, float]:
-    """How far a sequence's stored logits are from those of hidden states a teacher gave anew, and what rounding
-    explains, in nats."""
-    rows, plan = reader[index].top_k_rows, reader.plan
-    hidden_PD = hidden_PD.to(head.weight_VD.device)
+def fault_in_states(reader: CacheReader, index: int, hidden_PD: Tensor, head: LMHead) -> str | None:
+    """Why what is stored of a sequence cannot be of hidden states that a teacher gave anew, or None."""
+    plan, hidden_PD = reader.plan, hidden_PD.to(head.weight_VD.device)
+    # Float32 sums in another order. In half precision a body rounds each layer's output, and how it adds depends on the
+    # padding of the batch.
+    precision = 1e-4 if plan.teacher.dtype == "float32" else 2**-4
+    if plan.sampling:
+        with torch.inference_mode():
+            return fault_in_draws(plan, reader[index], hidden_PD, head, precision)
+    rows = reader[index].top_k_rows
     ids_PK = torch.from_numpy(rows.token_ids.astype(np.int64)).to(hidden_PD.device)
     with torch.no_grad():
         logits_PK = head.logits_at(hidden_PD, ids_PK).cpu().numpy()
-    # Half a step, and float32 sums in another order. In half precision a body rounds each layer's output, and how it
-    # adds depends on the padding of the batch.
-    precision = 1e-4 if plan.teacher.dtype == "float32" else 2**-4
+    difference = float(np.abs(logits_PK - rows.logits).max())
     tolerance = plan.logit_step / 2 + precision * max(1.0, float(np.abs(rows.logits).max()))
-    return float(np.abs(logits_PK - rows.logits).max()), tolerance
+    if difference <= tolerance:
+        return None
+    return f"recomputed logits differ from the stored ones by {difference:.3g} (rounding explains {tolerance:.2g})"
 
 
 def require_same_teacher(reader: CacheReader, given: TeacherIdentity) -> None:

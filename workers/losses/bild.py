@@ -51,19 +51,21 @@ def over_pairs(teacher_NK: Tensor, student_NK: Tensor) -> Tensor:
 
 def as_bregman(teacher_NK: Tensor, student_NK: Tensor) -> Tensor:
     """The same in O(k). [N]"""
-    # The pairs do not see a row's constant, but a large one would take digits from the sums.
-    centred = (row_NK - row_NK.mean(1, keepdim=True).detach() for row_NK in (teacher_NK, student_NK))
-    value_N: Tensor = _Bregman.apply(*centred)  # type: ignore[no-untyped-call]
+    value_N: Tensor = _Bregman.apply(teacher_NK, student_NK)  # type: ignore[no-untyped-call]
     return value_N
 
 
 class _Bregman(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, teacher_NK: Tensor, student_NK: Tensor) -> Tensor:
+        dtype = student_NK.dtype
+        # F grows with the logits while their differences do not: in float32 the value would lose what the pairs keep.
+        teacher_NK, student_NK = teacher_NK.double(), student_NK.double()
         teacher_N, teacher_gradient_NK = _log_normaliser(teacher_NK)
         student_N, student_gradient_NK = _log_normaliser(student_NK)
-        ctx.save_for_backward(student_gradient_NK - teacher_gradient_NK)
-        return student_N - teacher_N - (teacher_gradient_NK * (student_NK - teacher_NK)).sum(1)
+        ctx.save_for_backward((student_gradient_NK - teacher_gradient_NK).to(dtype))
+        value_N = student_N - teacher_N - (teacher_gradient_NK * (student_NK - teacher_NK)).sum(1)
+        return value_N.to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -100,7 +102,7 @@ def bild(targets: Targets, *, k: int, temperature: float) -> Tensor:
 
 
 _PARAMETERS = {
-    "k": leading_of(DEFAULT_K, 3, "; the loss is identically zero below k = 3"),
+    "k": leading_of(DEFAULT_K, 3, note="; the loss is identically zero below k = 3"),
     "temperature": temperature_of(3.0),
 }
 

@@ -97,7 +97,7 @@ def _masked_mean(
     if counts is not None:
         targets = replace(targets, drawn=Drawn(counts[kept_N].to(student_NV.dtype), student_NV))
     weight = float(len(student_NV))
-    if loss.joint:
+    if loss.group_size:
         weight = 1.0
     elif loss.weights is not None:
         weight = float(

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from workers.losses.loss import T_SQUARED, Loss, Need, Parameter, temperature_of
+from workers.losses.loss import FULL_ROW, T_SQUARED, Loss, Parameter, Params, temperature_of
 from workers.losses.targets import Targets
 
-_NEAR_ZERO = 1e-8
+_NEAR_ZERO = {torch.float32: 1e-4, torch.float64: 1e-8}
 """Exponents below it are taken for 0: the general form divides by them what has cancelled."""
 
 
@@ -49,7 +49,8 @@ def ab_divergence(log_p_NX: Tensor, log_q_NX: Tensor, alpha: float, beta: float)
     """
     log_ratio_NX = log_p_NX - log_q_NX
     total = alpha + beta
-    alpha, beta, total = (0.0 if abs(value) < _NEAR_ZERO else value for value in (alpha, beta, total))
+    near_zero = _NEAR_ZERO[log_ratio_NX.dtype]
+    alpha, beta, total = (0.0 if abs(value) < near_zero else value for value in (alpha, beta, total))
     if alpha == 0.0 and beta == 0.0:
         return 0.5 * log_ratio_NX.square().sum(1)
     if alpha == 0.0:
@@ -78,21 +79,21 @@ def _log_rows(targets: Targets, temperature: float) -> tuple[Tensor, Tensor]:
     return (teacher_NV / temperature).log_softmax(1), (student_NV / temperature).log_softmax(1)
 
 
-def _scale(temperature: float, squared: bool) -> float:
-    return temperature**2 if squared else 1.0
+def t_squared(temperature: float, wanted: bool) -> float:
+    return temperature**2 if wanted else 1.0
 
 
 def kl(targets: Targets, *, temperature: float, T2: bool) -> Tensor:
-    return _scale(temperature, T2) * kl_divergence(*_log_rows(targets, temperature))
+    return t_squared(temperature, T2) * kl_divergence(*_log_rows(targets, temperature))
 
 
 def rkl(targets: Targets, *, temperature: float, T2: bool) -> Tensor:
     log_p_NV, log_q_NV = _log_rows(targets, temperature)
-    return _scale(temperature, T2) * kl_divergence(log_q_NV, log_p_NV)
+    return t_squared(temperature, T2) * kl_divergence(log_q_NV, log_p_NV)
 
 
 def gjsd(targets: Targets, *, beta: float, temperature: float, T2: bool) -> Tensor:
-    return _scale(temperature, T2) * generalized_jsd(*_log_rows(targets, temperature), beta)
+    return t_squared(temperature, T2) * generalized_jsd(*_log_rows(targets, temperature), beta)
 
 
 def skl(targets: Targets, *, alpha: float, temperature: float) -> Tensor:
@@ -141,13 +142,17 @@ def abdiv(targets: Targets, *, alpha: float, beta: float, temperature: float) ->
     return ab_divergence(*_log_rows(targets, temperature), alpha, beta)
 
 
-_ROWS: frozenset[Need] = frozenset({"full_row"})
-
-
 def _of_rows(
-    name: str, values: Callable[..., Tensor], source: str, reason: str, tail_form: str = "", **parameters: Parameter
+    name: str,
+    values: Callable[..., Tensor],
+    source: str,
+    reason: str,
+    *,
+    tail_form: tuple[str, Params] | None = None,
+    moves: str = "",
+    **parameters: Parameter,
 ) -> Loss:
-    return Loss(name, values, _ROWS, source, reason, parameters, student_row=True, tail_form=tail_form)
+    return Loss(name, values, FULL_ROW, source, reason, parameters, student_row=True, tail_form=tail_form, moves=moves)
 
 
 LOSSES = (
@@ -156,7 +161,7 @@ LOSSES = (
         kl,
         "Hinton et al. 2015, eq. 1",
         "the classic: match the whole distribution, tail included",
-        "tail_gjsd",
+        tail_form=("tail_gjsd", {"beta": 0.0}),
         temperature=temperature_of(3.0),
         T2=T_SQUARED,
     ),
@@ -165,7 +170,7 @@ LOSSES = (
         rkl,
         "MiniLLM (Gu et al. 2024), eq. 2, per token",
         "mode-seeking: a student too small for the teacher's spread drops its minor modes",
-        "tail_gjsd --set loss.beta=1",
+        tail_form=("tail_gjsd", {"beta": 1.0}),
         temperature=temperature_of(3.0),
         T2=T_SQUARED,
     ),
@@ -174,7 +179,7 @@ LOSSES = (
         gjsd,
         "GKD (Agarwal et al. 2024), eq. 1",
         "bounded, and anywhere between forward and reverse KL",
-        "tail_gjsd",
+        tail_form=("tail_gjsd", {}),
         beta=Parameter(0.5, "the teacher's share of the mixture; 0 is forward KL, 1 is reverse KL", 0.0, 1.0),
         temperature=temperature_of(1.0),
         T2=T_SQUARED,
@@ -200,7 +205,7 @@ LOSSES = (
         tvd,
         "f-DISTILL (Wen et al. 2023), eq. 7",
         "symmetric and bounded, so single tokens cannot dominate",
-        "tail_tvd",
+        tail_form=("tail_tvd", {}),
         temperature=temperature_of(1.0),
     ),
     _of_rows(
@@ -216,6 +221,7 @@ LOSSES = (
         taid,
         "TAID (Shing et al. 2025), eqs. 3-6",
         "a target that moves from the student to the teacher: for a student far behind",
+        moves="t",
         t=Parameter(
             None, "the teacher's share of the target; none lets it grow as the student learns", 0.0, 1.0,
             optional="float",
@@ -230,8 +236,8 @@ LOSSES = (
         abdiv,
         "ABKD (Wang et al. 2025), eq. 7",
         "two knobs between forward KL (1, 0), reverse KL (0, 1) and Hellinger (0.5, 0.5)",
-        alpha=Parameter(0.2, "the teacher's exponent", -10.0, 10.0),
-        beta=Parameter(0.7, "the student's exponent", -10.0, 10.0),
+        alpha=Parameter(0.2, "the teacher's exponent", -1.0, 2.0),
+        beta=Parameter(0.7, "the student's exponent", -1.0, 2.0),
         temperature=temperature_of(1.0),
     ),
 )  # fmt: skip

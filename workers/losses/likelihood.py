@@ -61,7 +61,7 @@ LOSSES = (
         "rskd",
         rskd,
         frozenset({"samples"}),
-        "Sparse Logit Sampling (Anshumann et al. 2025), section 4",
+        "Sparse Logit Sampling (Anshumann et al. 2025)",
         "full KL's gradient, on average, from about 12 ids a position; needs a cache of --sampling random",
         student_row=True,
     ),

@@ -54,13 +54,17 @@ class Loss:
     weights: Callable[..., Tensor] | None = None
     """``weights(leading_NK, logsumexp_N, **params)``: what each position counts in the mean, from the teacher's leading
     logits and its log-sum-exp at temperature 1. [N] None: 1 each."""
-    joint: bool = False
-    """Whether the positions of a group (of parameter ``rows``, within a sequence) have one value together: their values
-    add up to it, and the mean is over groups."""
+    group_size: str = ""
+    """The parameter that says how many positions of a sequence have one value together: their values add up to it, and
+    the mean is over such groups."""
+    weighs_others: str = ""
+    """The parameter that lets the share of common leading ids multiply the other losses of a sum."""
+    moves: str = ""
+    """The parameter that a run moves from step to step where it is none; see ``workers.distill.taid``."""
     prompt: tuple[str, Params] | None = None
     """The loss that goes with it on the prompt's positions, and its parameters."""
-    tail_form: str = ""
-    """The loss that comes nearest from a top-k cache without hidden states, as a user would ask for it."""
+    tail_form: tuple[str, Params] | None = None
+    """The loss that comes nearest from a top-k cache without hidden states, and what it must be told."""
 
     def defaults(self) -> dict[str, Value]:
         return {key: parameter.default for key, parameter in self.parameters.items()}
@@ -72,7 +76,10 @@ class Loss:
         return value
 
     def divisor(self, total_weight: float, params: Params) -> float:
-        """What the sum of the values is divided by, given the weights of all positions of the step."""
+        """What the sum of the values is divided by, given the weights of all positions of the step.
+
+        DistillKit adds ``eps`` to the number of pairs.
+        """
         if self.weights is None:
             return max(total_weight, 1.0)
         eps = params["eps"]
@@ -84,10 +91,11 @@ def temperature_of(default: float) -> Parameter:
     return Parameter(default, "divides the logits of both models", minimum=1e-3)
 
 
-def leading_of(default: int, minimum: int, note: str = "") -> Parameter:
-    return Parameter(default, f"leading ids compared{note}", minimum=minimum)
+def leading_of(default: int, minimum: int, maximum: float = math.inf, note: str = "") -> Parameter:
+    return Parameter(default, f"leading ids compared{note}", minimum=minimum, maximum=maximum)
 
 
+FULL_ROW: frozenset[Need] = frozenset({"full_row"})
 T_SQUARED = Parameter(False, "multiply by temperature squared, to keep gradients of one size over temperatures")
 
 

@@ -3,16 +3,22 @@
 Shape suffixes: N = positions, K = the teacher's leading ids, U = both models' leading ids, P = pairs, V = vocabulary.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from workers.losses.loss import Loss, Parameter, leading_of, stored_of
 from workers.losses.targets import Targets
 
+_CHUNK_ELEMENTS = 2**24
+"""Of a [positions, U, U] temporary."""
+
 
 def soft_rank(values_NU: Tensor, valid_NU: Tensor, eps: float) -> Tensor:
-    """Blondel et al. 2020's differentiable ranks of the valid values, 1 for the lowest; any number elsewhere. [N, U]
+    """Blondel et al. 2020's differentiable ranks of the valid values, 1 for the lowest; 0 elsewhere. [N, U]
 
     values / eps projected on the permutahedron of (n, ..., 1), n the valid values of the row. Neighbours further apart
     than eps have hard ranks, and no gradient; values that are all close have ranks that move linearly.
@@ -23,20 +29,41 @@ def soft_rank(values_NU: Tensor, valid_NU: Tensor, eps: float) -> Tensor:
     num_valid_N1 = valid_NU.sum(1, keepdim=True)
     place_U = torch.arange(values_NU.shape[1], device=values_NU.device)
     gap_NU = sorted_NU - (num_valid_N1 - place_U)
-    block_NU = _blocks(torch.where(place_U < num_valid_N1, gap_NU.detach(), -1e9))
-    ranks_NU = sorted_NU - _block_means(gap_NU, block_NU)
-    return torch.empty_like(ranks_NU).scatter(1, order_NU, ranks_NU)
+    fit_NU: Tensor = _NonIncreasingFit.apply(  # type: ignore[no-untyped-call]
+        torch.where(place_U < num_valid_N1, gap_NU, -1e9)
+    )
+    ranks_NU = sorted_NU - fit_NU
+    return torch.empty_like(ranks_NU).scatter(1, order_NU, ranks_NU).masked_fill(~valid_NU, 0.0)
 
 
-def _blocks(gap_NU: Tensor) -> Tensor:
+class _NonIncreasingFit(torch.autograd.Function):
+    """The non-increasing values nearest to given ones: runs of them pooled to their means. [N, U]
+
+    Its derivative is the pooling itself, which is symmetric, so forward and backward are one matrix product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values_NU: Tensor) -> Tensor:
+        parts = torch.split(values_NU, _chunk_size(values_NU))
+        block_NU = torch.cat([_blocks(part_CU) for part_CU in parts])
+        ctx.save_for_backward(block_NU)
+        return _pooled(values_NU, block_NU)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NU: Tensor) -> Tensor:
+        return _pooled(grad_NU, *ctx.saved_tensors)
+
+
+def _blocks(values_NU: Tensor) -> Tensor:
     """Which values the best non-increasing fit pools, as ascending numbers of blocks: [N, U]
 
     By the min-max formula: the fit at r is the least, over the starts up to r, of the greatest mean up to an end from
     r on. All rows at once, in O(U^2), where pooling neighbours one by one would be a loop over rows.
     """
-    size = gap_NU.shape[1]
-    sums_NU = F.pad(gap_NU, (1, 0)).cumsum(1)
-    place_U = torch.arange(size, device=gap_NU.device)
+    size = values_NU.shape[1]
+    sums_NU = F.pad(values_NU, (1, 0)).cumsum(1)
+    place_U = torch.arange(size, device=values_NU.device)
     length_UU = place_U.unsqueeze(0) - place_U.unsqueeze(1) + 1  # [start, end]
     mean_NUU = (sums_NU[:, None, 1:] - sums_NU[:, :-1, None]) / length_UU.clamp_min(1)
     mean_NUU = mean_NUU.masked_fill(length_UU < 1, -torch.inf)
@@ -46,11 +73,18 @@ def _blocks(gap_NU: Tensor) -> Tensor:
     return F.pad((fit_NU[:, 1:] != fit_NU[:, :-1]).long(), (1, 0)).cumsum(1)
 
 
-def _block_means(values_NU: Tensor, block_NU: Tensor) -> Tensor:
-    """Each value's block's mean. [N, U]"""
-    sums_NU = torch.zeros_like(values_NU).scatter_add(1, block_NU, values_NU)
-    sizes_NU = torch.zeros_like(values_NU).scatter_add(1, block_NU, torch.ones_like(values_NU))
-    return sums_NU.gather(1, block_NU) / sizes_NU.gather(1, block_NU)
+def _pooled(values_NU: Tensor, block_NU: Tensor) -> Tensor:
+    """Each value's block's mean. [N, U] By products, because scattered sums have no fixed order on CUDA."""
+    parts = []
+    size = _chunk_size(values_NU)
+    for values_CU, block_CU in zip(torch.split(values_NU, size), torch.split(block_NU, size), strict=True):
+        same_CUU = (block_CU.unsqueeze(2) == block_CU.unsqueeze(1)).to(values_CU.dtype)
+        parts.append((same_CUU @ values_CU.unsqueeze(2)).squeeze(2) / same_CUU.sum(2))
+    return torch.cat(parts)
+
+
+def _chunk_size(values_NU: Tensor) -> int:
+    return max(1, _CHUNK_ELEMENTS // max(1, values_NU.shape[1] ** 2))
 
 
 def rank_loss(targets: Targets, *, k: int, eps: float, **_: object) -> Tensor:
@@ -120,7 +154,9 @@ def hinge(targets: Targets, *, k: int, margin: float | None, eps: float) -> Tens
 
 
 def _tells_apart(default: float) -> Parameter:
-    return Parameter(default, "least probability, and least difference of two, that counts as the teacher's", 0.0, 1.0)
+    return Parameter(
+        default, "least probability, and least difference of two, that counts as the teacher's", 1e-12, 1.0
+    )
 
 
 LOSSES = (
@@ -131,13 +167,14 @@ LOSSES = (
         "RLKD (Peng et al. 2025), eq. 1",
         "the order of both models' peaks; beside a logit loss, as 2*rank_loss+kl",
         {
-            "k": leading_of(5, 2, " of each model; 15 where it stands alone"),
+            "k": leading_of(5, 2, 64, " of each model; 15 where it stands alone"),
             "eps": Parameter(1.0, "logit distance from which two ranks are hard", minimum=1e-6),
             "dynamic": Parameter(
                 False, "multiply the other losses of the sum by the share of the top-k that both models lead with"
             ),
         },
         student_led=True,
+        weighs_others="dynamic",
     ),
     Loss(
         "logistic_ranking",
@@ -145,7 +182,7 @@ LOSSES = (
         frozenset({"top_k", "logsumexp"}),
         "DistillKit, logistic ranking",
         "the order of the teacher's top-k pair by pair, whatever the distances",
-        {"k": stored_of(64, 256), "eps": _tells_apart(1e-9)},
+        {"k": stored_of(64, 128), "eps": _tells_apart(1e-9)},
         weights=num_pairs,
     ),
     Loss(
@@ -155,7 +192,7 @@ LOSSES = (
         "DistillKit, hinge ranking",
         "the same with a margin in probability, so that pairs far enough apart rest",
         {
-            "k": stored_of(64, 256),
+            "k": stored_of(64, 128),
             "margin": Parameter(
                 None, "distance in probability that is enough; none asks for the teacher's", 0.0, 1.0, optional="float"
             ),

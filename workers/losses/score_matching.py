@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from workers.losses.loss import Loss, Need, Parameter, temperature_of
+from workers.losses.loss import FULL_ROW, Loss, Parameter
 from workers.losses.targets import Targets
 
 
@@ -57,7 +57,7 @@ def _normalised(row_NV: Tensor, how: str) -> Tensor:
 
 
 _TINY = 1e-9
-_ROWS: frozenset[Need] = frozenset({"full_row"})
+_IN_WEIGHTS = Parameter(1.0, "divides the logits in the weights", minimum=1e-3)
 _BY = "S the student's softmax, T the teacher's, U uniform"
 _CSD = "Concrete Score Distillation (Kim et al. 2025), eq. 6"
 
@@ -66,7 +66,7 @@ def _weights(w1: str, w2: str) -> Mapping[str, Parameter]:
     return {
         "w1": Parameter(w1, f"weights of one id of a pair: {_BY}", choices=("S", "T", "U")),
         "w2": Parameter(w2, f"weights of the other: {_BY}", choices=("S", "T", "U")),
-        "temperature": temperature_of(1.0),
+        "temperature": _IN_WEIGHTS,
     }
 
 
@@ -74,7 +74,7 @@ LOSSES = (
     Loss(
         "csd",
         csd,
-        _ROWS,
+        FULL_ROW,
         _CSD,
         "matches logit differences over all pairs of ids, free of softmax and of a row's constant",
         _weights("S", "S"),
@@ -83,7 +83,7 @@ LOSSES = (
     Loss(
         "csd_mode_seeking",
         csd,
-        _ROWS,
+        FULL_ROW,
         f"{_CSD}, weights (S, S)",
         "csd that corrects what the student believes in: instruction following",
         _weights("S", "S"),
@@ -92,7 +92,7 @@ LOSSES = (
     Loss(
         "csd_mode_covering",
         csd,
-        _ROWS,
+        FULL_ROW,
         f"{_CSD}, weights (T, S)",
         "csd that also covers what the teacher believes in: single tasks",
         _weights("T", "S"),
@@ -101,7 +101,7 @@ LOSSES = (
     Loss(
         "dld",
         dld,
-        _ROWS,
+        FULL_ROW,
         "Concrete Score Distillation (Kim et al. 2025), table 5",
         "squared error of logits, the constant of a row included: what csd is compared with",
         {
@@ -109,7 +109,7 @@ LOSSES = (
             "normalize": Parameter(
                 "no", "how each model's row is normalised first", choices=("no", "mean", "min", "max", "std", "range")
             ),
-            "temperature": Parameter(1.0, "divides the logits in the weights", minimum=1e-3),
+            "temperature": _IN_WEIGHTS,
         },
         student_row=True,
     ),

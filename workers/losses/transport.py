@@ -6,7 +6,7 @@ Shape suffixes: N = positions of the group, V = vocabulary.
 import torch
 from torch import Tensor
 
-from workers.losses.loss import Loss, Parameter, temperature_of
+from workers.losses.loss import FULL_ROW, Loss, Parameter, temperature_of
 from workers.losses.targets import Targets
 
 
@@ -28,7 +28,7 @@ LOSSES = (
     Loss(
         "sinkd",
         sinkd,
-        frozenset({"full_row"}),
+        FULL_ROW,
         "SinKD (Cui et al. 2024), eq. 12",
         "transport between the rows of a batch, where both softmaxes have little in common; costs rows^2 V",
         {
@@ -36,9 +36,9 @@ LOSSES = (
             "eps": Parameter(0.1, "entropy of the transport plan", minimum=1e-3),
             "iters": Parameter(20, "Sinkhorn iterations", minimum=1),
             "coef": Parameter(0.001, "multiplies the cost of a group", minimum=0.0),
-            "rows": Parameter(32, "positions of a sequence that are compared with each other", minimum=1),
+            "rows": Parameter(32, "positions of a sequence that are compared with each other", 1, 128),
         },
         student_row=True,
-        joint=True,
+        group_size="rows",
     ),
 )

@@ -11,7 +11,7 @@ Shape suffixes: N = positions, K = the teacher's leading ids, B = K and the buck
 import torch
 from torch import Tensor
 
-from workers.losses.divergences import generalized_jsd, kl_divergence, total_variation
+from workers.losses.divergences import generalized_jsd, kl_divergence, t_squared, total_variation
 from workers.losses.loss import T_SQUARED, Loss, Parameter, stored_of, temperature_of
 from workers.losses.targets import Targets
 
@@ -37,7 +37,7 @@ def topk_kl(targets: Targets, *, k: int, temperature: float) -> Tensor:
 
 def topk_kl_zero(targets: Targets, *, k: int, temperature: float, T2: bool) -> Tensor:
     """The renormalised top-k against the student's whole distribution, as if the teacher's tail were zero."""
-    led, scale = targets.teacher_first(k), temperature**2 if T2 else 1.0
+    led, scale = targets.teacher_first(k), t_squared(temperature, T2)
     log_q_NK = led.student_NK / temperature - (targets.student_row() / temperature).logsumexp(1, keepdim=True)
     return scale * kl_divergence((led.teacher_NK / temperature).log_softmax(1), log_q_NK)
 
@@ -81,7 +81,7 @@ LOSSES = (
         "topk_kl_raw",
         topk_kl_raw,
         frozenset({"top_k", "logsumexp"}),
-        "Sparse Logit Sampling (Anshumann et al. 2025), section 3",
+        "Sparse Logit Sampling (Anshumann et al. 2025)",
         "the top-k's share of the full KL; its minimum is not the teacher, which RS-KD's analysis is about",
         {"k": stored_of(1024), "temperature": temperature_of(1.0)},
         student_row=True,
@@ -90,7 +90,7 @@ LOSSES = (
         "tail_gjsd",
         tail_gjsd,
         frozenset({"top_k", "logsumexp"}),
-        "TRL, GKD with a tail bucket",
+        "TRL, tail bucket of its off-policy trainer; DistillKit",
         "KL, reverse KL or JSD with the right tail mass, from a top-k cache alone",
         {
             "k": stored_of(1024),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cache_schema.manifest import Plan
 from cache_schema.sequence import SampledRows, ScoredSequence, TokenSequence
+from workers.errors import InputError
 from workers.teacher.lm_head import LMHead, chunks, matmul_operands
 
 _BYTES_PER_ID = 16
@@ -60,6 +61,8 @@ def draw(head: LMHead, hidden_ND: Tensor, uniforms_NS: Tensor) -> Tensor:
 def inverse_cdf(logits_CV: Tensor, uniforms_CS: Tensor) -> Tensor:
     """``draw`` from logits. int32 [C, S]"""
     weights_CV, sums_CV = _cumulative(logits_CV)
+    if not bool(torch.isfinite(sums_CV[:, -1]).all()):
+        raise InputError("the teacher's logits are not finite: nothing can be drawn from them. Check its weights.")
     last = logits_CV.shape[1] - 1
     ids_CS = torch.searchsorted(sums_CV, uniforms_CS * sums_CV[:, -1:], right=True).clamp_(max=last)
     has_mass_CS = weights_CV.gather(1, ids_CS) > 0
@@ -88,14 +91,17 @@ def counted(drawn_PS: npt.NDArray[np.int32]) -> SampledRows:
     )
 
 
-def fault_in_draws(plan: Plan, scored: ScoredSequence, hidden_PD: Tensor, head: LMHead) -> str | None:
+def fault_in_draws(
+    plan: Plan, scored: ScoredSequence, hidden_PD: Tensor, head: LMHead, precision: float = 1e-4
+) -> str | None:
     """Why stored draws cannot be of these hidden states and this head, or None.
 
     Every stored draw has its number in [0, 1): sorted, they belong to the ids in ascending order. Each number must lie
     where the cumulative sum passes its id, up to what rounding the logits moves that sum: half a logit's error at most.
 
     Args:
-        hidden_PD: final-norm hidden states of the sequence's stored positions, as stored.
+        hidden_PD: final-norm hidden states of the sequence's stored positions, as stored or made anew.
+        precision: how far their logits may be off, as a share of the largest.
     """
     rows = scored.sampled_rows
     numbers_PS = torch.from_numpy(np.sort(uniforms(scored.sequence, plan), axis=1)).to(hidden_PD.device)
@@ -123,7 +129,7 @@ def fault_in_draws(plan: Plan, scored: ScoredSequence, hidden_PD: Tensor, head: 
         (" on average", errors[1], float(off_PS.mean())),
     ):
         # Float32 sums in another order, and int8.
-        tolerance = (1e-4 * largest_logit + _BEYOND_THE_PILOT * (error or 0.0)) / 2
+        tolerance = (precision * largest_logit + _BEYOND_THE_PILOT * (error or 0.0)) / 2
         if not difference <= tolerance:
             return (
                 f"its draws lie {difference:.3g} of the cumulative probability off{name} (rounding explains "
