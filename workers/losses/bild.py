@@ -27,7 +27,7 @@ from workers.losses.loss import Loss, leading_of, temperature_of
 from workers.losses.targets import Targets, TopK
 
 DEFAULT_K = 8
-PAIRS_UP_TO = 16
+PAIRS_UP_TO = 12
 """Largest k for which making the pairs is faster; see ``benchmarks/bench_bild.py``."""
 
 

@@ -45,6 +45,8 @@ def dense_loss(
     unknown = params.keys() - loss.parameters.keys()
     if unknown:
         raise TypeError(f"{name} has no parameter {sorted(unknown)[0]!r}: it has {sorted(loss.parameters)}")
+    if params.get(loss.weighs_others):
+        raise TypeError(f"{name} has no other losses here for {loss.weighs_others} to weigh")
     for argument, given, wanted in (
         ("labels", labels, loss.reads_label),
         ("prompt_mask", prompt_mask, loss.prompt is not None),

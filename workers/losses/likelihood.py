@@ -48,7 +48,7 @@ LOSSES = (
         topk_ce,
         frozenset(),
         "BiLD thesis's code: its SFT",
-        "cross entropy among the student's own best ids; needs no [positions, vocabulary] gradient",
+        "cross entropy among the label and the student's own best ids: what the thesis's table calls SFT",
         {
             "k": Parameter(
                 1024, "ids compared: the label and the student's best others", minimum=2, at_most="vocabulary"
