@@ -260,3 +260,13 @@ def anchors(page: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", without_code(page), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_page_on_losses_computes_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (DOCS / "explanation" / "losses.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        exec(compile(block, "losses.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    promised = [line.split("# ")[1] for block in blocks for line in block.splitlines() if line.startswith("print(")]
+    assert printed == promised == ["0.2040 0.3243 0.5283", "0.0089 0.0142 0.0231"]
