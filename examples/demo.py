@@ -1,7 +1,8 @@
-"""The whole path on a real teacher, on a CPU, in about ten minutes: `make demo`.
+"""The whole path on a real teacher, on a CPU, in about a quarter of an hour: `make demo`.
 
 SmolLM2-135M-Instruct answers the prompts of this folder once. From its cached top-k logits and hidden states a
-student of 10 of its 30 layers is distilled, and the same student is fine-tuned on the same answers for comparison.
+student of 10 of its 30 layers is distilled twice, by BiLD and by KL over the whole vocabulary, and the same student is
+fine-tuned on the same answers for comparison.
 Every command is printed before it runs; run again, finished parts are kept.
 """
 
@@ -29,6 +30,7 @@ TRAIN = [
 # starts near its teacher; this one does not, and learns faster from more of the ranking, unsmoothed.
 RUNS = {
     "BiLD": "--loss bild --set loss.k=32 --set loss.temperature=1.0 --prompt-loss kl --set prompt_loss.temperature=1.0",
+    "KL": "--loss kl --set loss.temperature=1.0 --prompt-loss kl --set prompt_loss.temperature=1.0",
     "SFT": "--loss sft",
 }
 

@@ -84,7 +84,7 @@ def expected_work(config: DistillConfig, readers: Sequence[CacheReader]) -> dict
             key: {"name": loss.name, **_parameters_in_full(loss, readers)}
             for key, loss in zip(("loss", "prompt_loss"), losses_of(config).values(), strict=False)
         },
-        "lookups_from": ", ".join(dict.fromkeys(sources)),
+        "lookups_from": ", ".join(dict.fromkeys(sources)) if needs_lookups(config) else "none are made",
     }
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from workers.errors import InputError
 from workers.losses.catalogue import LOSSES
-from workers.losses.loss import Loss, Need, Parameter
+from workers.losses.loss import FULL_ROW, Loss, Need, Parameter
 
 _WIDTH = 110
 _ASKS: dict[frozenset[Need], str] = {
     frozenset({"top_k"}): "From any top-k cache",
     frozenset({"top_k", "logsumexp"}): "From any top-k cache that holds the log-sum-exp at the loss's temperature",
     frozenset({"top_k", "lookups"}): "With the teacher's logits at the student's ids (hidden states, or --teacher)",
-    frozenset({"full_row"}): "With the teacher's whole rows (hidden states, or --teacher)",
+    FULL_ROW: "With the teacher's whole rows (hidden states, or --teacher)",
     frozenset({"samples"}): "From a cache of draws (--sampling random)",
     frozenset(): "From any cache, without the teacher",
 }
@@ -45,6 +45,8 @@ def losses_in_words(facts: list[dict[str, Any]]) -> str:
 
 
 def _group(needs: Iterable[Need]) -> frozenset[Need]:
+    if "full_row" in needs:
+        return FULL_ROW
     return frozenset({"top_k", "lookups"}) if "lookups" in needs else frozenset(needs)
 
 

@@ -50,11 +50,11 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
                 yield name, {"k": 4}
             elif key == "temperature":
                 yield name, {"temperature": 2.0}
-            elif parameter.default is False:
+            elif parameter.default is False and key != loss.weighs_others:
                 yield name, {key: True}
             elif parameter.optional:
                 yield name, {key: 0.3}
-            else:
+            elif key != loss.weighs_others:  # which needs another loss beside it
                 yield from ((name, {key: choice}) for choice in parameter.choices if choice != parameter.default)
 
 

@@ -177,7 +177,7 @@ def test_a_mistake_is_refused_with_what_to_write(config, sentence):
 
 
 def test_an_unknown_loss_is_refused_with_those_there_are():
-    expected = f"no loss is called 'bidl': choose one of {', '.join(sorted(LOSSES))}"
+    expected = f"no loss is called 'bidl': write one, or a sum as bild+0.5*sft, of {', '.join(sorted(LOSSES))}"
     assert refusal(name="bidl") == expected
     assert refusal(name="kl+0.5*bidl") == expected
 

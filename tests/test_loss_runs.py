@@ -164,7 +164,7 @@ def test_a_moving_target_goes_on_where_it_stood(teacher_dir: Path, cache_dir: Pa
         ("kl", (), "choose a loss that the stored top-k serves (tail_gjsd --set loss.temperature=3.0)"),
         ("rkl", (), "(tail_gjsd --set loss.beta=1.0 --set loss.temperature=3.0)"),
         ("csd", (), "--hidden-states"),
-        ("tail_gjsd", ("--set", "loss.temperature=2.0"), "cache.temperatures=[1, 2, 3]"),
+        ("tail_gjsd", ("--set", "loss.temperature=2.0"), "cache.temperatures=[1,2,3]"),
         ("tail_gjsd", ("--set", "loss.temperature=2.0"), "give --set loss.temperature=1"),
         ("rskd", (), "dump with --sampling random"),
         ("bild_total", (), "--positions all"),
@@ -178,6 +178,11 @@ def test_a_moving_target_goes_on_where_it_stood(teacher_dir: Path, cache_dir: Pa
         ("gjsd", ("--set", "loss.beta=1.5"), "give at most 1"),
         ("bild_total", ("--prompt-loss", "kl"), "leave prompt_loss out"),
         ("t_ld", ("--prompt-loss", "bild_total"), "is for the response"),
+        ("t_ld", ("--set", "prompt_loss.temperature=1.0"), "give --prompt-loss NAME"),
+        ("tail_gjsd+t_ld", ("--set", "loss.tail_gjsd.temperature=2.0"), "--set loss.tail_gjsd.temperature=1"),
+        ("t_ld+hinge", ("--set", "loss.hinge.k=99"), "--set loss.hinge.k=16"),
+        ("taid", ("--set", "loss.t=0.5", "--set", "loss.t_start=0.3"), "give one or the other"),
+        ("1 0*sft+t_ld", (), "is no weight"),
     ],
 )
 def test_what_a_top_k_cache_cannot_serve_is_refused_with_the_way_out(

@@ -219,7 +219,7 @@ def test_one_flat_row_leaves_the_gradients_of_the_others_alone():
     torch.testing.assert_close([6 / 5 * part for part in found], expected, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("eps", [30.0, 1000.0, 3e4])
+@pytest.mark.parametrize("eps", [30.0, 300.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_where_eps_exceeds_every_distance_it_does_not_matter(eps, dtype):
     student, teacher = random_logits(0).to(dtype), random_logits(1).to(dtype)

@@ -5,7 +5,7 @@ from cache_schema.manifest import LM_HEAD_NAME, hidden_name
 from cache_schema.reader import CacheReader
 from cache_schema.remote import local_copy
 from workers.distill.config import DistillConfig
-from workers.distill.loss_config import Summand
+from workers.distill.loss_config import LossConfig, Summand
 from workers.distill.order import quotas_of
 from workers.distill.student import require_layers
 from workers.distill.terms import losses_of
@@ -62,17 +62,22 @@ def check_needs(config: DistillConfig, reader: CacheReader) -> None:
     """
     plan = reader.plan
     if len(losses_of(config)) > 1 and plan.positions != "all":
-        asks = "--prompt-loss" if config.prompt_loss else f"loss {config.loss.name}"
+        asks, way = (
+            ("--prompt-loss", "leave the prompt loss out")
+            if config.prompt_loss
+            else (f"loss {config.loss.name}", "choose one without a part on the prompt, as bild")
+        )
         raise InputError(
-            f"{asks} needs the teacher at the prompt's positions, {reader.cache_dir} holds those of the "
-            f"response: dump with --positions all, or leave the prompt loss out."
+            f"{asks} trains the prompt's positions, {reader.cache_dir} holds those of the response: dump with "
+            f"--positions all, or {way}."
         )
     for part, loss in losses_of(config).items():
         for summand in loss.summands:
-            _check_summand(config, reader, "loss" if part == "response" else "prompt_loss", summand)
+            key = "loss" if part == "response" or config.prompt_loss is None else "prompt_loss"
+            _check_summand(config, reader, key, loss, summand)
 
 
-def _check_summand(config: DistillConfig, reader: CacheReader, key: str, summand: Summand) -> None:
+def _check_summand(config: DistillConfig, reader: CacheReader, key: str, losses: LossConfig, summand: Summand) -> None:
     plan, loss = reader.plan, summand.loss
     params = summand.parameters(plan.top_k, plan.tokenizer.vocab_size)
     _check_capture(reader, key, loss)
@@ -82,17 +87,19 @@ def _check_summand(config: DistillConfig, reader: CacheReader, key: str, summand
         if "top_k" in loss.needs and least > plan.top_k:
             raise InputError(
                 f"{key} {loss.name} compares {least:g} ids at least, {reader.cache_dir} stores {plan.top_k}: dump with "
-                f"a larger --top-k."
+                f"--top-k {max(k, int(least))} or more."
             )
+        its_k = losses.key_of(loss.name, "k", key)
         if "top_k" in loss.needs and k > plan.top_k:
             raise InputError(
-                f"{key}.k={k} is more than the top {plan.top_k} that {reader.cache_dir} stores: give "
-                f"--set {key}.k={plan.top_k} or less, or dump with --top-k {k}."
+                f"{its_k}={k} is more than the top {plan.top_k} that {reader.cache_dir} stores: give "
+                f"--set {its_k}={plan.top_k} or less, or dump with --top-k {k}."
             )
         if k > plan.tokenizer.vocab_size:
-            raise InputError(f"{key}.k={k} is more than the vocabulary of {plan.tokenizer.vocab_size}: lower it.")
+            raise InputError(f"{its_k}={k} is more than the vocabulary of {plan.tokenizer.vocab_size}: lower it.")
     if "logsumexp" in loss.needs:
-        _check_temperature(reader, key, loss, loss.temperature(params))
+        its_temperature = losses.key_of(loss.name, "temperature", key) if len(config.cache) == 1 else None
+        _check_temperature(reader, f"{key} {loss.name}", loss.temperature(params), its_temperature)
     if loss.needs & {"lookups", "full_row"}:
         _check_misses(config, reader, key, summand)
 
@@ -112,16 +119,17 @@ def _check_capture(reader: CacheReader, key: str, loss: Loss) -> None:
         )
 
 
-def _check_temperature(reader: CacheReader, key: str, loss: Loss, temperature: float) -> None:
+def _check_temperature(reader: CacheReader, loss: str, temperature: float, key: str | None) -> None:
+    """The cache must hold the log-sum-exp at the temperature; ``key`` is where the user may give another."""
     stored = reader.plan.temperatures
     if temperature in stored:
         return
-    dump = ", ".join(f"{value:g}" for value in sorted({*stored, temperature}))
-    lower = f"give --set {key}.temperature={stored[0]:g}; or " if "temperature" in loss.parameters else ""
+    dump = ",".join(f"{value:g}" for value in sorted({*stored, temperature}))
+    other = f"give --set {key}={stored[0]:g}; or " if key else ""
     raise InputError(
-        f"{key} {loss.name} needs the teacher's log-sum-exp at temperature {temperature:g}, which no other's can "
-        f"stand for, and {reader.cache_dir} holds it at {', '.join(f'{value:g}' for value in stored)}: {lower}dump "
-        f"with --set cache.temperatures=[{dump}]."
+        f"{loss} needs the teacher's log-sum-exp at temperature {temperature:g}, which no other's can stand for, and "
+        f"{reader.cache_dir} holds it at {', '.join(f'{value:g}' for value in stored)}: {other}dump with "
+        f"--set cache.temperatures=[{dump}]."
     )
 
 

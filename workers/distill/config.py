@@ -69,6 +69,11 @@ class DistillConfig(_Section):
     def _loss_by_name(cls, values: Any) -> Any:
         """``loss = "kl"`` is short for ``loss = {name = "kl"}``, and one cache for a list of one."""
         if isinstance(values, dict):
+            prompt = values.get("prompt_loss")
+            if isinstance(prompt, dict) and "name" not in prompt:
+                raise ValueError(
+                    f"prompt_loss has {', '.join(prompt)} and no name: give --prompt-loss NAME, or leave it out"
+                )
             named = {key: {"name": values[key]} for key in ("loss", "prompt_loss") if isinstance(values.get(key), str)}
             caches = {"cache": [values["cache"]]} if isinstance(values.get("cache"), str) else {}
             return {**values, **named, **caches}

@@ -9,9 +9,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from workers.losses.catalogue import LOSSES
-from workers.losses.loss import Loss, Parameter, Params, Value
+from workers.losses.loss import Loss, Params, Value
 
-_SUMMAND = re.compile(r"(?:(?P<weight>[^*]+)\*)?(?P<name>[^*]+)")
+_SUMMAND = re.compile(r"\s*(?:(?P<weight>[^*]*)\*)?\s*(?P<name>[^*\s]+)\s*")
+_NUMBER = re.compile(r"\s*[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?\s*|\s*[0-9]+\.\s*", re.ASCII)
 
 _PLUS = re.compile(r"(?<!\d[eE])\+")  # but not that of 1e+3
 
@@ -65,10 +66,12 @@ class LossConfig(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> "LossConfig":
-        for name, given in self._given().items():
-            for key, value in given.items():
-                _require_in_range(name, key, value, LOSSES[name].parameters[key])
         for summand in self.summands:
+            for key, value in summand.given.items():
+                fault = summand.loss.parameters[key].fault(value)
+                if fault:
+                    shown = repr(value) if isinstance(value, str) else str(value)
+                    raise ValueError(f"{self.key_of(summand.loss.name, key)}={shown}{fault}")
             switch = summand.loss.weighs_others
             if switch and summand.given.get(switch) and len(self.summands) == 1:
                 raise ValueError(
@@ -77,7 +80,16 @@ class LossConfig(BaseModel):
             start, end = (summand.default_or_given(key) for key in ("t_start", "t_end"))
             if isinstance(start, float) and isinstance(end, float) and start > end:
                 raise ValueError(f"loss.t_start={start:g} lies above loss.t_end={end:g}: t only grows; lower it")
+            if "t" in summand.given and {"t_start", "t_end"} & summand.given.keys():
+                raise ValueError(
+                    "loss.t stands still, loss.t_start and loss.t_end say how it moves: give one or the other"
+                )
         return self
+
+    def key_of(self, name: str, key: str, section: str = "loss") -> str:
+        """How a user writes the parameter of one of the losses."""
+        owners = [other for other, _ in _parse(self.name) if key in LOSSES[other].parameters]
+        return f"{section}.{key}" if len(owners) == 1 else f"{section}.{name}.{key}"
 
     def _given(self) -> dict[str, dict[str, Value]]:
         """By loss of the sum, the parameters that were given for it."""
@@ -121,35 +133,23 @@ class LossConfig(BaseModel):
 def _parse(text: str) -> list[tuple[str, float]]:
     """``a+0.5*b`` as names and weights."""
     summands = []
-    for part in _PLUS.split(text.replace(" ", "")):
+    for part in _PLUS.split(text):
         match = _SUMMAND.fullmatch(part)
         if match is None:
             raise ValueError(f"{text!r} is no sum of losses: write for instance bild+0.5*sft")
         name, weight = match["name"], match["weight"]
         if name not in LOSSES:
-            raise ValueError(f"no loss is called {name!r}: choose one of {', '.join(sorted(LOSSES))}")
-        try:
-            factor = float(weight or 1.0)
-        except ValueError:
-            factor = math.nan
+            raise ValueError(
+                f"no loss is called {name!r}: write one, or a sum as bild+0.5*sft, of {', '.join(sorted(LOSSES))}"
+            )
+        factor = 1.0 if weight is None else float(weight) if _NUMBER.fullmatch(weight) else math.nan
         if not 0.0 < factor < math.inf:
-            raise ValueError(f"{part}: {weight!r} is no weight; write a number above 0 before the *, as 0.5*{name}")
+            raise ValueError(
+                f"{part.strip()}: {weight!r} is no weight; write a number above 0 before the *, as 0.5*{name}"
+            )
         summands.append((name, factor))
     names = [name for name, _ in summands]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{text} names {name} twice: give it once, with the weight of both")
     return summands
-
-
-def _require_in_range(name: str, key: str, value: Any, parameter: Parameter) -> None:
-    expected = float if parameter.wants_float else type(parameter.default)
-    if type(value) is not expected:
-        raise ValueError(f"loss.{key}={value!r} must be of type {expected.__name__}")
-    if parameter.choices and value not in parameter.choices:
-        raise ValueError(f"loss.{key}={value!r}: give one of {', '.join(parameter.choices)}: {parameter.meaning}")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if not parameter.minimum <= value < math.inf:
-            raise ValueError(f"loss.{key}={value}: give at least {parameter.minimum:g}: {parameter.meaning}")
-        if value > parameter.maximum:
-            raise ValueError(f"loss.{key}={value}: give at most {parameter.maximum:g}: {parameter.meaning}")

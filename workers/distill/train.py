@@ -62,8 +62,8 @@ class Training:
             num_positions = sum(batch.num_positions(part) for part in parts for batch in batches)
             scaled = [term.for_step(batches) for term in self._terms_now()]
             shares = [self._backward(batch, scaled) for batch in batches]
-            grad_norm, lr = self._update(step)
             loss, terms = _total(shares)
+            grad_norm, lr = self._update(step, loss)
             moved = {"taid_t": [schedule.t for schedule in self.moving.values()]} if self.moving else {}
             for place, schedule in self.moving.items():
                 schedule.advance(terms[place] / self.terms[place].weight, (step + 1) / self.num_steps)
@@ -118,13 +118,14 @@ class Training:
         detached: Tensor = shares
         return detached
 
-    def _update(self, step: int) -> tuple[float, float]:
+    def _update(self, step: int, loss: float) -> tuple[float, float]:
         parameters = [parameter for parameter in self.student.parameters() if parameter.grad is not None]
         grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm))
         if not math.isfinite(grad_norm):
             raise InputError(
-                f"step {step + 1}: the gradient norm is {grad_norm}. The weights are those before the step; lower "
-                f"optimizer.lr ({self.config.optimizer.lr:g}), or look for NaN in the student's checkpoint."
+                f"step {step + 1}: the gradient norm is {grad_norm}, the loss {loss:g}. The weights are those before "
+                f"the step; lower optimizer.lr ({self.config.optimizer.lr:g}) or, at the first step, the weights of "
+                f"{self.config.loss.name} or parameters that lie far from their defaults."
             )
         lr = learning_rate(step, self.num_steps, self.config.optimizer)
         for group in self.optimizer.param_groups:

@@ -136,9 +136,9 @@ LOSSES = (
     Loss(
         "bild_total",
         bild,
-        frozenset({"top_k", "lookups"}),
+        frozenset({"top_k", "lookups", "full_row"}),
         "BiLD thesis, section 4.3, as its code trained",
-        "the thesis's whole objective: BiLD on the response, KL at temperature 1 on the prompt",
+        "the thesis's whole objective: BiLD on the response, KL at temperature 1 on the prompt (--positions all)",
         _PARAMETERS,
         student_led=True,
         prompt=("kl", {"temperature": 1.0}),

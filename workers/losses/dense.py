@@ -38,9 +38,12 @@ def dense_loss(
     Raises:
         KeyError: no such loss.
         TypeError: a parameter the loss does not have, or an argument it needs is missing.
+        ValueError: a parameter is out of its range.
     """
     loss = LOSSES[name]
     if "T" in params:
+        if "temperature" in params:
+            raise TypeError("T is short for temperature: give one of them")
         params["temperature"] = params.pop("T")
     unknown = params.keys() - loss.parameters.keys()
     if unknown:
@@ -54,7 +57,7 @@ def dense_loss(
     ):
         if wanted and given is None:
             raise TypeError(f"{name} needs {argument}")
-    params = loss.defaults() | {key: loss.parameters[key].read(value) for key, value in params.items()}
+    params = loss.defaults() | {key: _checked(loss, key, value) for key, value in params.items()}
     value = _masked_mean(loss, params, student_logits_NV, teacher_logits_NV, mask_N, labels, counts)
     if loss.prompt is not None and prompt_mask is not None:
         prompt, prompt_params = loss.prompt
@@ -106,6 +109,18 @@ def _masked_mean(
             loss.weights(teacher_NV.gather(1, teacher_ids_NV[:, :k]), teacher_NV.logsumexp(1), **params).sum()
         )
     return loss.values(targets, **params).sum() / loss.divisor(weight, params)
+
+
+def _checked(loss: Loss, key: str, value: Value) -> Value:
+    given: Value = loss.parameters[key].read(value)
+    if key == "k":  # clamped to V above, and may be too small for BiLD below
+        counts = isinstance(given, int) and not isinstance(given, bool) and given >= 1
+        fault = None if counts else ": give 1 or more ids"
+    else:
+        fault = loss.parameters[key].fault(given)
+    if fault:
+        raise ValueError(f"{loss.name}: {key}={given!r}{fault}")
+    return given
 
 
 def _float32(logits_NV: Tensor) -> Tensor:

@@ -27,14 +27,29 @@ class Parameter:
     at_most: Literal["", "stored", "vocabulary"] = ""
     """What the default shrinks to: the ids the cache stores, or all there are. What is asked for by name never does."""
 
-    @property
-    def wants_float(self) -> bool:
-        return isinstance(self.default, float) or self.optional == "float"
-
     def read(self, value: Any) -> Any:
         """The value as the loss takes it: a whole number may stand for a real one."""
         whole = isinstance(value, int) and not isinstance(value, bool)
-        return float(value) if self.wants_float and whole else value
+        return float(value) if self._type is float and whole else value
+
+    def fault(self, value: Any) -> str | None:
+        """Why a loss cannot take the value, to be written behind it; or None."""
+        if value is None and self.optional:
+            return None
+        if type(value) is not self._type:
+            return f" must be of type {self._type.__name__}"
+        if self.choices and value not in self.choices:
+            return f": give one of {', '.join(self.choices)}: {self.meaning}"
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not self.minimum <= value < math.inf:
+                return f": give at least {self.minimum:g}: {self.meaning}"
+            if value > self.maximum:
+                return f": give at most {self.maximum:g}: {self.meaning}"
+        return None
+
+    @property
+    def _type(self) -> type:
+        return float if self.optional == "float" else type(self.default)
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ class Loss:
 
 
 def temperature_of(default: float) -> Parameter:
-    return Parameter(default, "divides the logits of both models", minimum=1e-3)
+    return Parameter(default, "divides the logits of both models", minimum=1e-3, maximum=1e3)
 
 
 def leading_of(default: int, minimum: int, maximum: float = math.inf, note: str = "") -> Parameter:

@@ -167,8 +167,8 @@ LOSSES = (
         "RLKD (Peng et al. 2025), eq. 1",
         "the order of both models' peaks; beside a logit loss, as 2*rank_loss+kl",
         {
-            "k": leading_of(5, 2, 64, " of each model; 15 where it stands alone"),
-            "eps": Parameter(1.0, "logit distance from which two ranks are hard", minimum=1e-6),
+            "k": leading_of(5, 2, 64, " of each model; RLKD takes 15 where it stands alone"),
+            "eps": Parameter(1.0, "logit distance from which two ranks are hard", 1e-3, 1e3),
             "dynamic": Parameter(
                 False, "multiply the other losses of the sum by the share of the top-k that both models lead with"
             ),

@@ -57,7 +57,7 @@ def _normalised(row_NV: Tensor, how: str) -> Tensor:
 
 
 _TINY = 1e-9
-_IN_WEIGHTS = Parameter(1.0, "divides the logits in the weights", minimum=1e-3)
+_IN_WEIGHTS = Parameter(1.0, "divides the logits in the weights", minimum=1e-3, maximum=1e3)
 _BY = "S the student's softmax, T the teacher's, U uniform"
 _CSD = "Concrete Score Distillation (Kim et al. 2025), eq. 6"
 

@@ -64,13 +64,11 @@ class CacheConfig(_Section):
         given = " and ".join(key for key in meaningless if key in self.model_fields_set)
         if given and random:
             raise ValueError(
-                f"--sampling random (sampling=random) stores draws and no logits, so {given} can mean nothing: leave "
-                f"out one or the other"
+                f"--sampling random stores draws and no logits, so {given} can mean nothing: leave out one or the other"
             )
         if given:
             raise ValueError(
-                f"only --sampling random (sampling=random) draws ids, so {given} can mean nothing: give it too, or "
-                f"leave {given} out"
+                f"only --sampling random draws ids, so {given} can mean nothing: give it too, or leave {given} out"
             )
         return self
 
