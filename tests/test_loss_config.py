@@ -209,6 +209,10 @@ def test_a_start_of_taid_beyond_its_end_is_refused():
     assert "t_end" in sentence
 
 
+def test_a_sum_is_the_same_however_it_is_spaced():
+    assert LossConfig(name=" bild + 0.5 * sft ") == LossConfig(name="bild+0.5*sft")
+
+
 def test_a_config_does_not_change():
     with pytest.raises(ValidationError, match="frozen"):
         LossConfig().name = "kl"

@@ -233,3 +233,29 @@ def test_a_student_that_tells_no_ids_apart_has_a_number(name):
     value.backward()
     assert torch.isfinite(value)
     assert torch.isfinite(student.grad).all()
+
+
+def test_a_mask_of_shares_is_refused():
+    with pytest.raises(ValueError, match="a mask is of 0 and 1"):
+        dense_loss("kl", random_logits(0), random_logits(1), torch.full((6,), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "says"),
+    [
+        ("kl", {"T": 0.0}, "at least 0.001"),
+        ("kl", {"T": "3"}, "of type float"),
+        ("csd", {"w1": "x"}, "one of S, T, U"),
+        ("gjsd", {"beta": 2.0}, "at most 1"),
+        ("bild", {"k": 2.5}, "1 or more ids"),
+        ("bild", {"k": -3}, "1 or more ids"),
+    ],
+)
+def test_a_parameter_out_of_its_range_is_refused(name, params, says):
+    with pytest.raises(ValueError, match=says):
+        dense_loss(name, random_logits(0), random_logits(1), torch.ones(6), **params)
+
+
+def test_a_temperature_given_twice_is_refused():
+    with pytest.raises(TypeError, match="give one of them"):
+        dense_loss("kl", random_logits(0), random_logits(1), torch.ones(6), T=1.0, temperature=2.0)

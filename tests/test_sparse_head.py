@@ -124,7 +124,7 @@ def test_a_run_repeats_bit_for_bit():
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-def whole_row_loss(name, head, hidden, teacher, labels, weights, spans=None):
+def whole_row_loss(name, head, hidden, teacher, labels, weights, groups=()):
     """Through row_loss, once for each weight: the sum of all, and each one's."""
 
     def values_of(student, rows):
@@ -132,7 +132,7 @@ def whole_row_loss(name, head, hidden, teacher, labels, weights, spans=None):
         for weight in weights:
             yield weight * LOSSES[name].values(targets, **LOSSES[name].defaults())
 
-    return row_loss(head, hidden, values_of, spans)
+    return row_loss(head, hidden, values_of, groups)
 
 
 def plain_values(name, student, teacher, labels):
@@ -165,6 +165,22 @@ def test_a_loss_on_whole_rows_and_its_gradients_are_the_dense_ones(name, options
         rtol=1e-10,
         atol=1e-12,
     )
+
+
+@pytest.mark.usefixtures("chunked")
+def test_groups_are_never_parted():
+    head, hidden, _ = problem()
+    groups = [slice(0, 3), slice(3, 4), slice(4, 9), slice(9, 13)]
+    seen = []
+
+    def values_of(student, rows):
+        seen.append((rows.start, rows.stop))
+        yield student.logsumexp(1)
+
+    total, _ = row_loss(head, hidden, values_of, groups)
+    torch.testing.assert_close(total, dense_logits(head, hidden).logsumexp(1).sum())
+    assert [start for start, _ in seen] == [0, *(stop for _, stop in seen[:-1])]
+    assert {stop for _, stop in seen} <= {group.stop for group in groups}
 
 
 def test_no_rows_have_a_zero_loss_that_backpropagates():

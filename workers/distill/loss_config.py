@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from workers.losses.catalogue import LOSSES
 from workers.losses.loss import Loss, Params, Value
@@ -63,6 +63,13 @@ class LossConfig(BaseModel):
                 name, params = summand.loss.prompt
                 return LossConfig(name=f"{summand.weight!r}*{name}", **params)
         return None
+
+    @field_validator("name")
+    @classmethod
+    def _without_spaces(cls, name: str) -> str:
+        """So that a run is the same run however its sum was spaced."""
+        _parse(name)
+        return "".join(name.split())
 
     @model_validator(mode="after")
     def _known(self) -> "LossConfig":

@@ -9,7 +9,7 @@ Shape suffixes: N = positions, C = positions of a chunk, V = vocabulary, D = hid
 S = losses.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def row_loss(
     head: LMHead,
     hidden_ND: Tensor,
     values_of: Callable[[Tensor, slice], Iterable[Tensor]],
-    spans: Sequence[slice] | None = None,
+    groups: Sequence[slice] = (),
 ) -> tuple[Tensor, Tensor]:
     """Losses on whole rows of the student, summed over the positions.
 
@@ -79,13 +79,13 @@ def row_loss(
     Args:
         values_of: maps a chunk's float32 logits [C, V] and its slice of the positions to the values [C] of each loss,
             one after the other: what one needs for its gradient is gone before the next is computed.
-        spans: the chunks, where it matters which positions are seen together; otherwise as many as memory is good for.
+        groups: runs of positions, one after the other, that no chunk may part.
 
     Returns:
         The sum of all (differentiable, scalar) and each loss's own (detached, [S]).
     """
     total, sums_S = _RowLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, head.weight_VD, head.bias_V, head, values_of, spans
+        hidden_ND, head.weight_VD, head.bias_V, head, values_of, groups
     )
     return total, sums_S
 
@@ -147,6 +147,16 @@ def _add_rows(target: Tensor, ids: Tensor, rows: Tensor) -> None:
         target.index_add_(0, ids, rows)
 
 
+def _whole_groups(groups: Sequence[slice], most: int) -> Iterator[slice]:
+    """Chunks of whole groups, of ``most`` positions where the groups allow it."""
+    start = groups[0].start
+    for group in groups:
+        if group.stop - start > most and group.start > start:
+            yield slice(start, group.start)
+            start = group.start
+    yield slice(start, groups[-1].stop)
+
+
 class _RowLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -156,7 +166,7 @@ class _RowLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         head: LMHead,
         values_of: Callable[[Tensor, slice], Iterable[Tensor]],
-        spans: Sequence[slice] | None,
+        groups: Sequence[slice],
     ) -> tuple[Tensor, Tensor]:
         compute_VD = weight_VD.to(hidden_ND.dtype)
         wants_gradient = any(ctx.needs_input_grad[:3])
@@ -168,7 +178,8 @@ class _RowLoss(torch.autograd.Function):
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
         sums = []
         # A loss of one chunk holds four (sft) to eleven (akl) tensors of its size; see ``benchmarks/bench_losses.py``.
-        for rows in spans or chunks(len(hidden_ND), 4 * 2 * head.vocab_size, hidden_ND.device):
+        slices = list(chunks(len(hidden_ND), 4 * 2 * head.vocab_size, hidden_ND.device))
+        for rows in _whole_groups(groups, slices[0].stop) if groups else slices:
             products_CV = float32_matmul(hidden_ND[rows], compute_VD)
             if bias_V is not None:
                 products_CV += bias_V.to(wide)

@@ -126,11 +126,15 @@ class _Pass:
                 else Drawn(drawn.counts_NU[chunk], student_CV.gather(1, drawn.token_ids_NU[chunk])),
             )
             for scaled, factor in zip(terms, factors, strict=True):
-                yield _times(None if factor is None else factor[chunk], scaled.values(targets))
+                if scaled.term.loss.group_size:
+                    values_C = _by_group(scaled, targets, groups, chunk)
+                else:
+                    values_C = scaled.values(targets)
+                yield _times(None if factor is None else factor[chunk], values_C)
 
         grouped = [scaled.term for scaled in terms if scaled.term.loss.group_size]
-        spans = groups_of(positions, grouped[0]) if grouped else None
-        total, sums_S = row_loss(self.head, self.hidden_ND, values_of, spans)
+        groups = groups_of(positions, grouped[0]) if grouped else []
+        total, sums_S = row_loss(self.head, self.hidden_ND, values_of, groups)
         return total, list(sums_S)
 
     def _leading(self, terms: Sequence[Term], student_ids_NK: Tensor) -> Targets:
@@ -158,6 +162,18 @@ class _Pass:
             labels_N=positions.labels_N,
             student_label_N=at_label_N1.squeeze(1) if at_label_N1.shape[1] else None,
         )
+
+
+def _by_group(scaled: ScaledTerm, targets: Targets, groups: Sequence[slice], chunk: slice) -> Tensor:
+    """The values of a chunk of whole groups, each group seen alone. [C]"""
+    teacher_CV, student_CV = targets.rows()
+    inside = [
+        slice(group.start - chunk.start, group.stop - chunk.start)
+        for group in groups
+        if chunk.start <= group.start < chunk.stop
+    ]
+    alone = [Targets(student_row_NV=student_CV[group], teacher_row_NV=teacher_CV[group]) for group in inside]
+    return torch.cat([scaled.values(group) for group in alone])
 
 
 def _times(factor_N: Tensor | None, values_N: Tensor) -> Tensor:

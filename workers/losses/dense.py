@@ -38,7 +38,7 @@ def dense_loss(
     Raises:
         KeyError: no such loss.
         TypeError: a parameter the loss does not have, or an argument it needs is missing.
-        ValueError: a parameter is out of its range.
+        ValueError: a parameter is out of its range, or the mask holds something else than 0 and 1.
     """
     loss = LOSSES[name]
     if "T" in params:
@@ -58,6 +58,8 @@ def dense_loss(
         if wanted and given is None:
             raise TypeError(f"{name} needs {argument}")
     params = loss.defaults() | {key: _checked(loss, key, value) for key, value in params.items()}
+    if not bool(((mask_N == 0) | (mask_N == 1)).all()):
+        raise ValueError("a mask is of 0 and 1: a position counts or does not")
     value = _masked_mean(loss, params, student_logits_NV, teacher_logits_NV, mask_N, labels, counts)
     if loss.prompt is not None and prompt_mask is not None:
         prompt, prompt_params = loss.prompt
