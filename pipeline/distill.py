@@ -1,5 +1,6 @@
 """``pipeline distill``: one student's run, from the checks to the summary."""
 
+import re
 import resource
 import shutil
 from collections.abc import Sequence
@@ -182,4 +183,7 @@ def _peak_memory_bytes(device: torch.device) -> int:
     """Most memory this process has held: on the accelerator, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage where the system says it better: that counts the process which started this one until its exec.
+    status = Path("/proc/self/status")
+    kilobytes = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return (int(kilobytes[1]) if kilobytes else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
