@@ -9,6 +9,7 @@ K = leading ids, S = terms.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,10 +67,11 @@ class StudentLoss(nn.Module):
             pass_over = _Pass(positions, hidden_ND, head_of(self.model, self._vocab_size), self._ladders[batch.cache])
             student_ids_NK = pass_over.student_ids([terms[place].term for place in here])
             factors = pass_over.factors([terms[place].term for place in here], student_ids_NK)
-            for places, run in ((sparse, pass_over.on_leading_ids), (whole, pass_over.on_rows)):
+            on_leading_ids = partial(pass_over.on_leading_ids, student_ids_NK)
+            for places, run in ((sparse, on_leading_ids), (whole, pass_over.on_rows)):
                 if places:
                     factor_of = [factors[here.index(place)] for place in places]
-                    share, values = run([terms[place] for place in places], factor_of, student_ids_NK)
+                    share, values = run([terms[place] for place in places], factor_of)
                     loss = loss + share
                     for place, value in zip(places, values, strict=True):
                         shares[place] = value
@@ -99,16 +101,14 @@ class _Pass:
         return [None if term is owner else share_N for term in terms]
 
     def on_leading_ids(
-        self, terms: Sequence[ScaledTerm], factors: Sequence[Tensor | None], student_ids_NK: Tensor
+        self, student_ids_NK: Tensor, terms: Sequence[ScaledTerm], factors: Sequence[Tensor | None]
     ) -> tuple[Tensor, list[Tensor]]:
         """The terms' sum (differentiable) and each one's (detached)."""
         targets = self._leading([scaled.term for scaled in terms], student_ids_NK)
         sums = [_times(factor, scaled.values(targets)).sum() for scaled, factor in zip(terms, factors, strict=True)]
         return torch.stack(sums).sum(), [value.detach() for value in sums]
 
-    def on_rows(
-        self, terms: Sequence[ScaledTerm], factors: Sequence[Tensor | None], student_ids_NK: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
+    def on_rows(self, terms: Sequence[ScaledTerm], factors: Sequence[Tensor | None]) -> tuple[Tensor, list[Tensor]]:
         """The same of losses that read the student's whole rows; the leading ids are cut from those."""
         positions, needs = self.positions, frozenset[Need]().union(*(scaled.term.loss.needs for scaled in terms))
         tails = _tails(positions, [scaled.term for scaled in terms], positions.token_ids_NK.shape[1])

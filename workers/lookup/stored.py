@@ -10,11 +10,9 @@ from cache_schema.reader import CacheReader
 from cache_schema.sequence import TopKRows
 from cache_schema.storage import sha256_of
 from workers.teacher.lm_head import LMHead, load_head, score
-from workers.teacher.sampling import fault_in_draws
+from workers.teacher.sampling import BEYOND_THE_PILOT, fault_in_draws
 
 _CHECKED_SEQUENCES = 4
-_BEYOND_THE_PILOT = 4
-"""How much worse int8 may be in one sequence than on the dump's pilot: on SmolLM2, 2.6 times for a single position."""
 
 
 def stored_head(reader: CacheReader, device: torch.device) -> LMHead:
@@ -83,7 +81,7 @@ def _fault_in_logits(plan: Plan, rows: TopKRows, hidden_PD: Tensor, head: LMHead
         ("", plan.hidden_states.max_logit_error, float(difference_2PK.max())),
         (" on average", plan.hidden_states.mean_logit_error, float(difference_2PK.mean())),
     ):
-        tolerance = rounding + _BEYOND_THE_PILOT * (error or 0.0)
+        tolerance = rounding + BEYOND_THE_PILOT * (error or 0.0)
         if not difference <= tolerance:
             return (
                 f"recomputed top-k logits differ from the stored ones by {difference:.3g}{name} (rounding explains "

@@ -16,6 +16,8 @@ Params = Mapping[str, Value]
 
 @dataclass(frozen=True)
 class Parameter:
+    """A setting of a loss: its default, what it means, and what it may be."""
+
     default: Value
     meaning: str
     minimum: float = -math.inf
@@ -54,6 +56,8 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Loss:
+    """An entry of the catalogue: the function, what it needs of either model, and how its mean is taken."""
+
     name: str
     values: Callable[..., Tensor]
     """``values(targets, **params)``: per-position values in the dtype of the targets, unreduced. [N]"""
