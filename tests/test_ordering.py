@@ -35,6 +35,17 @@ def test_logits_without_ties_are_in_descending_order(k):
     assert_top_k(np.random.default_rng(0).normal(size=(50, 200)).astype(np.float32), k)
 
 
+@pytest.mark.parametrize("vocab_size", [4096, 4097, 5000])
+@pytest.mark.parametrize("spread", [0.5, 3.0, 300.0])
+def test_of_many_blocks_of_ids_the_same_ones_are_chosen(vocab_size, spread):
+    rows = (np.random.default_rng(0).normal(size=(20, vocab_size)) * spread).round().astype(np.float32)
+    rows[3, -3:] = rows.max() + 1  # ids after the last whole block, where there are any
+    rows[4] = 0.0
+    rows[5, 100:140] = rows.max()  # all in one block
+    for k in (1, 8, 15):
+        assert_top_k(rows, k)
+
+
 def test_a_tie_through_the_cut_keeps_the_lowest_ids():
     row = np.full((3, 100), -1.0, dtype=np.float32)
     row[0, [90, 40, 7, 70, 30]] = 2.0  # five tied for three places
