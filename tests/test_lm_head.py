@@ -5,14 +5,8 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    CohereConfig,
-    FalconH1Config,
-    Gemma2Config,
-    GPT2Config,
-    GraniteConfig,
     LlamaConfig,
     PhiConfig,
-    Qwen2Config,
 )
 
 from cache_schema.errors import CacheCorruptError
@@ -213,68 +207,6 @@ def test_the_matmul_s_precision_setting_is_left_as_it_was():
     with pytest.raises(RuntimeError):
         float32_matmul(torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(4, 5, dtype=torch.bfloat16))
     assert torch.get_float32_matmul_precision() == before
-
-
-FAMILIES = {
-    "llama, tied": (LlamaConfig, {"tie_word_embeddings": True}),
-    "qwen2, untied": (Qwen2Config, {"tie_word_embeddings": False}),
-    "gemma2, soft cap": (Gemma2Config, {"head_dim": 16, "final_logit_softcapping": 3.0}),
-    "cohere, multiplied": (CohereConfig, {"logit_scale": 0.25}),
-    "granite, divided": (GraniteConfig, {"logits_scaling": 4.0}),
-    "gpt2": (GPT2Config, {}),
-    "phi, bias": (PhiConfig, {}),
-}
-
-
-@pytest.mark.parametrize(("family", "config"), FAMILIES.values(), ids=FAMILIES.keys())
-def test_head_of_the_last_hidden_state_is_the_model_s_logits(family, config):
-    model = build_tiny_model(tiny_tokenizer(), family, **config)
-    input_ids = torch.randint(384, (1, 30), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model(input_ids).logits[0]
-        hidden = body_of(model)(input_ids=input_ids).last_hidden_state[0]
-        logits = head_of(model, 384).logits(hidden)
-    assert float(expected.std()) > 0.2
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_families_exercise_what_they_are_named_for():
-    heads = {name: head_of(build_tiny_model(tiny_tokenizer(), *family[:1], **family[1]), 384) for name, family in
-             FAMILIES.items()}  # fmt: skip
-    assert heads["gemma2, soft cap"].softcap == 3.0
-    assert heads["cohere, multiplied"].scale == 0.25
-    assert heads["granite, divided"].scale == 0.25
-    bias = heads["phi, bias"].bias_V
-    assert bias is not None
-    assert float(bias.detach().abs().min()) > 0
-    assert heads["llama, tied"].bias_V is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("family", "config"), FAMILIES.values(), ids=FAMILIES.keys())
-def test_a_model_whose_logits_are_head_of_hidden_state_passes_in_train_mode_too(family, config, dtype):
-    model = build_tiny_model(tiny_tokenizer(), family, dtype=dtype, vocab_size=400, **config).train()
-    model.base_model.eval()
-    modes = [module.training for module in model.modules()]
-    require_plain_head(model, 384)
-    assert [module.training for module in model.modules()] == modes
-    assert len(set(modes)) == 2
-
-
-def test_an_architecture_that_does_more_to_its_logits_is_refused():
-    mamba = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
-
-    def falcon(multiplier):
-        config = {**mamba, "head_dim": 16, "num_hidden_layers": 1, "lm_head_multiplier": multiplier}
-        return build_tiny_model(tiny_tokenizer(), FalconH1Config, **config).train()
-
-    require_plain_head(falcon(1.0), 384)
-    model = falcon(0.5)
-    with pytest.raises(
-        InputError, match="FalconH1ForCausalLM: its logits are not its LM head on its last hidden state"
-    ):
-        require_plain_head(model, 384)
-    assert model.training
 
 
 def test_a_head_is_probed_whatever_weight_is_not_finite():
