@@ -1,6 +1,8 @@
 SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
+# engines compares with vLLM, in its own environment
+BENCHMARKS := $(filter-out __init__ material engines,$(basename $(notdir $(wildcard benchmarks/*.py))))
 
 .PHONY: venv test test-slow lint docs bench demo clean
 
@@ -33,7 +35,7 @@ docs: venv
 	$(BIN)/python docs/generate.py
 
 bench: venv
-	set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python -m benchmarks.$$(basename $$script .py); done
+	set -e; for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python -m benchmarks.$$name; done
 
 demo: venv
 	$(BIN)/python examples/demo.py

@@ -3,7 +3,7 @@
 Random float32 logits, the teacher's in its order, the student's in any. Forms and ks take turns, medians of ROUNDS; on
 a GPU each time ends when the device is done. Where the pairs of all positions would take more than PAIR_BYTES, fewer
 positions are timed: times are per position, and the table says how many there were.
-`python -m benchmarks.bench_bild [--positions 8192] [--threads 1,2] [--device cuda]`
+`python -m benchmarks.bild [--positions 8192] [--threads 1,2] [--device cuda]`
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """LM head + BiLD, forward and backward, against dense logits and against the bare matmul with top-k.
 
 Each variant runs in a process of its own, so that peak memory is its own; variants alternate, medians of ROUNDS.
-`python -m benchmarks.bench_head [--positions 2048] [--vocab 151936] [--hidden 896] [--dtype bfloat16]`
+`python -m benchmarks.head [--positions 2048] [--vocab 151936] [--hidden 896] [--dtype bfloat16]`
 """
 
 import argparse
@@ -97,7 +97,7 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
     for _ in range(ROUNDS):
         for name in VARIANTS:
-            command = [sys.executable, "-m", "benchmarks.bench_head", *sys.argv[1:], "--variant", name]
+            command = [sys.executable, "-m", "benchmarks.head", *sys.argv[1:], "--variant", name]
             results[name].append(json.loads(subprocess.run(command, check=True, capture_output=True).stdout))
     median = {name: statistics.median(r["seconds"] for r in rounds) for name, rounds in results.items()}
     extra = {name: statistics.median(r["extra_gb"] for r in rounds) for name, rounds in results.items()}

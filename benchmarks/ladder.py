@@ -3,7 +3,7 @@ dense logits already in memory.
 
 Both runs train the same student on the same sequences at k = 8 from a cache of K = 64 with hidden states; steps
 alternate, medians. The dense logits of a step are laid out before its time starts.
-`python -m benchmarks.bench_ladder [--data FILE.jsonl] [--rows 48] [--steps 12] [--dtype float32]`
+`python -m benchmarks.ladder [--data FILE.jsonl] [--rows 48] [--steps 12] [--dtype float32]`
 """
 
 import argparse

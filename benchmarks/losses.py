@@ -8,7 +8,7 @@ sequences, an epoch is 5 steps, so the first and the last epoch see the same row
 Time: in this process, one student takes a step of the same 4 sequences with every loss in turn, sft among them, at a
 learning rate of zero. It is CPU time of all threads, so that other work on the machine counts less; a loss's ratio to
 sft is taken within each round, and both are medians of ROUNDS.
-`python -m benchmarks.bench_losses [--losses kl,bild] [--data FILE.jsonl] [--dtype float32] [--lr 2e-5]`
+`python -m benchmarks.losses [--losses kl,bild] [--data FILE.jsonl] [--dtype float32] [--lr 2e-5]`
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Two of the students train at the same time, the third after them. Once with hidden states in the cache, once without and
 with a live teacher whose hidden states are logged, and with a log of answers at several fetch-aheads.
-`python -m benchmarks.bench_passes [--data FILE.jsonl] [--rows 32] [--settings hidden live logits:64 …]`
+`python -m benchmarks.passes [--data FILE.jsonl] [--rows 32] [--settings hidden live logits:64 …]`
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
 def report(setting: str, runs: dict[str, Path], flags: list[str], num_sequences: int) -> None:
     pair = [start(name, runs[name], flags) for name in ("A", "B")]
     if any(process.wait() for process in pair) or start("C", runs["C"], flags).wait():
-        sys.exit("bench_passes: a run failed")
+        sys.exit("passes: a run failed")
     total = 0
     for name, run in runs.items():
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -3,7 +3,7 @@
 The live teacher is a loop of its own: both models whole, dense logits, no cache but for the tokens, one sequence at a
 time. It runs twice, the second time over each step's sequences in reverse: the sum of a step is the same but for its
 rounding, so what sets these two apart is what rounding explains.
-`python -m benchmarks.bench_quality [--data FILE.jsonl] [--rows 80] [--steps 100]`
+`python -m benchmarks.quality [--data FILE.jsonl] [--rows 80] [--steps 100]`
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The numbers of every tier against the teacher itself, run plainly in float32 by transformers, one sequence at a time.
 
 At every position of the cache the ladder is asked for the 64 highest ids of a student cut from the teacher, and for as
-many random ones. `python -m benchmarks.bench_tiers [--data FILE.jsonl] [--rows 16]`
+many random ones. `python -m benchmarks.tiers [--data FILE.jsonl] [--rows 16]`
 """
 
 import argparse

@@ -177,7 +177,7 @@ class _RowLoss(torch.autograd.Function):
             grad_weight_VD = torch.zeros(weight_VD.shape, dtype=wide, device=weight_VD.device)
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
         sums = []
-        # A loss of one chunk holds four (sft) to eleven (akl) tensors of its size; see ``benchmarks/bench_losses.py``.
+        # A loss of one chunk holds four (sft) to eleven (akl) tensors of its size; see ``benchmarks/losses.py``.
         slices = list(chunks(len(hidden_ND), 4 * 2 * head.vocab_size, hidden_ND.device))
         for rows in _whole_groups(groups, slices[0].stop) if groups else slices:
             products_CV = float32_matmul(hidden_ND[rows], compute_VD)

@@ -28,7 +28,7 @@ from workers.losses.targets import Targets, TopK
 
 DEFAULT_K = 8
 PAIRS_UP_TO = 12
-"""Largest k for which making the pairs is faster; see ``benchmarks/bench_bild.py``."""
+"""Largest k for which making the pairs is faster; see ``benchmarks/bild.py``."""
 
 
 def logits_difference(led: TopK, temperature: float) -> Tensor:
