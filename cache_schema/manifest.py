@@ -86,6 +86,12 @@ class Engine(Stored):
     num_threads: int
     """CPU threads; they decide the order of float32 sums. 0 on an accelerator."""
     tokens_per_batch: int
+    tensor_parallel: int = 1
+    """Devices each layer is split over; they decide the order of sums, as the next."""
+    pipeline_parallel: int = 1
+    """Devices the layers are dealt out to."""
+    quantization: str | None = None
+    """vLLM's name of what it made of the weights while loading; None: nothing, they are the checkpoint's."""
     versions: dict[str, str]
 
 

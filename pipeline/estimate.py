@@ -28,7 +28,7 @@ from pipeline.teacher_dump import Prepared, prepare
 from workers.errors import InputError
 from workers.evaluate.misses import TOP_KS, mass_outside
 from workers.teacher.config import DumpConfig
-from workers.teacher.transformers_teacher import TransformersTeacher
+from workers.teacher.engines import open_teacher
 
 _HELD_OUT = 4
 """One pilot sequence in so many is kept from the student's training and counted: few sequences are soon known by heart,
@@ -63,7 +63,7 @@ def estimate(config: DumpConfig, intent: Intent) -> dict[str, Any]:
     config = config.model_copy(update={"cache": config.cache.model_copy(update={"hidden_states": True})})
     with tempfile.TemporaryDirectory(prefix="logit-cache-") as name:
         folder = Path(name)
-        prepared = prepare(config, folder)
+        prepared = prepare(config)
         trained, held_out = _choose(prepared, intent)
         if intent.student is not None:
             extra = config.responses.max_new_tokens if prepared.plan.responses else 0
@@ -109,15 +109,8 @@ def _choose(prepared: Prepared, intent: Intent) -> tuple[list[int], list[int]]:
 
 def _score(config: DumpConfig, prepared: Prepared, trained: list[int], held_out: list[int], folder: Path) -> Pilot:
     """The teacher is in memory for as long as this takes, and gone before a student comes."""
-    plan = prepared.plan
-    teacher = TransformersTeacher(
-        config.teacher.model,
-        plan.teacher,
-        plan.engine,
-        vocab_size=plan.tokenizer.vocab_size,
-        device=prepared.device,
-    )
-    return score_pilot(prepared, trained, held_out, teacher, folder)
+    with open_teacher(config.teacher.model, prepared.plan, config.engine, prepared.device) as teacher:
+        return score_pilot(prepared, trained, held_out, teacher, folder)
 
 
 def _top_ks(prepared: Prepared) -> list[int]:

@@ -54,6 +54,9 @@ PLAN_JSON = """{
     "device": "cpu",
     "num_threads": 2,
     "tokens_per_batch": 4096,
+    "tensor_parallel": 1,
+    "pipeline_parallel": 1,
+    "quantization": null,
     "versions": {
       "torch": "2.0.0"
     }

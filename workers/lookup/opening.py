@@ -236,6 +236,11 @@ def _no_log(error: StorageError) -> InputError:
 def _load_teacher(reader: CacheReader, asked: Asked, device: torch.device) -> TransformersTeacher:
     assert asked.teacher is not None
     choice, plan = asked.lookups.teacher_device, reader.plan
+    if plan.engine.quantization:
+        raise InputError(
+            f"{reader.cache_dir} was dumped from weights that vLLM made {plan.engine.quantization} of while it loaded "
+            f"them, and no live teacher here does that: dump with hidden states, or give --on-miss bound."
+        )
     return TransformersTeacher(
         asked.teacher,
         identity_of(asked.teacher, plan.teacher.dtype),

@@ -87,9 +87,20 @@ def read_text_config(model_dir: Path) -> Any:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=False).get_text_config()
     except Exception as error:  # transformers raises a dozen types for a bad config
         raise InputError(
-            f"{model_dir / 'config.json'} is no config of a language model: {_first_line(error)}. Give the folder of "
+            f"{model_dir / 'config.json'} is no config of a language model: {first_line(error)}. Give the folder of "
             f"a causal language model that this transformers version knows."
         ) from error
+
+
+def hidden_width(model_dir: Path) -> int:
+    """Numbers in a hidden state as the LM head reads it; small OPT models project theirs before the head.
+
+    Raises:
+        InputError: see ``read_text_config``.
+    """
+    config = read_text_config(model_dir)
+    width: int = getattr(config, "word_embed_proj_dim", config.hidden_size)
+    return width
 
 
 def context_length(model_dir: Path) -> int | None:
@@ -133,7 +144,7 @@ def load_model(model: str, dtype: torch.dtype) -> Any:
             directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:  # transformers and safetensors raise a dozen types for a bad folder
-        raise InputError(f"{model} does not load as a causal language model: {_first_line(error)}") from error
+        raise InputError(f"{model} does not load as a causal language model: {first_line(error)}") from error
     loaded, report = loading
     # A mismatched key stands with both shapes. Tied weights are stored once and reported in neither set.
     absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
@@ -143,6 +154,26 @@ def load_model(model: str, dtype: torch.dtype) -> Any:
             f"so it would be random: give the whole checkpoint of a causal language model, or correct its config.json."
         )
     return loaded.eval()
+
+
+def meta_model(model_dir: Path, dtype: torch.dtype) -> Any:
+    """A causal language model without weights, for its modules' names, shapes and settings; costs no memory.
+
+    Raises:
+        InputError: config.json is not one of a model that transformers knows.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)  # type: ignore[no-untyped-call]
+            return skeleton.eval()
+    except Exception as error:  # transformers raises a dozen types for a bad config
+        raise InputError(
+            f"{model_dir / 'config.json'} is no config of a causal language model: {first_line(error)}. Give one that "
+            f"this transformers version knows."
+        ) from error
 
 
 def require_vocabulary(model: Any, vocab_size: int) -> None:
@@ -182,7 +213,9 @@ def first_nonfinite_weight(module: nn.Module) -> str | None:
 
 def body_of(model: Any) -> Any:
     """The model without its LM head: input ids to final-norm hidden states (`last_hidden_state`)."""
-    return model.base_model
+    body = model.base_model
+    # Llama 4 names its body otherwise than its class says, and base_model is then the model itself.
+    return getattr(model, "model", model) if body is model else body
 
 
 def require_plain_head(model: Any, vocab_size: int) -> None:
@@ -244,7 +277,7 @@ def _read_json_object(path: Path) -> dict[str, Any]:
     return document
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 

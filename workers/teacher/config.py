@@ -95,11 +95,60 @@ class ResponsesConfig(_Section):
 
 
 class EngineConfig(_Section):
-    name: Literal["transformers"] = "transformers"
-    """What runs the teacher's body."""
+    name: Literal["transformers", "vllm"] = "transformers"
+    """What runs the teacher's body. The keys below ``tokens_per_batch`` are for ``vllm`` alone."""
     device: str = "auto"
+    """With ``vllm``, of the LM head; vLLM takes the first GPUs it sees, or the CPU."""
     tokens_per_batch: int = Field(4096, ge=1)
     """Padded tokens the teacher reads at once."""
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs that share each layer."""
+    pipeline_parallel: int = Field(1, ge=1)
+    """Groups of such GPUs, each with a part of the layers."""
+    quantization: str | None = None
+    """What vLLM is to make of the weights while it loads them, by its name, ``fp8`` for instance; None leaves them as
+    they are in the checkpoint, quantised or not."""
+    memory_fraction: float = Field(0.8, gt=0, lt=1)
+    """Share of each GPU's memory that vLLM takes; the rest is for the LM head and its logits."""
+    self_check: bool = True
+    """Before the first batch is stored, hold vLLM against the final norm's weights and the transformers engine."""
+
+    @model_validator(mode="after")
+    def _nothing_of_vllm_elsewhere(self) -> Self:
+        of_vllm = ("tensor_parallel", "pipeline_parallel", "quantization", "memory_fraction", "self_check")
+        given = " and ".join(key for key in of_vllm if key in self.model_fields_set)
+        if given and self.name != "vllm":
+            raise ValueError(f"only --engine vllm (engine.name=vllm) reads {given}: give it too, or leave {given} out")
+        return self
+
+
+class WorkerConfig(_Section):
+    lease_seconds: float = Field(60, ge=1, allow_inf_nan=False)
+    """After so long without a sign of life of a worker on another machine, others take over its shards."""
+    launcher: Literal["processes", "ray"] | None = None
+    """What starts the workers: ``processes`` of this machine, or actors of a ``ray`` cluster; None is this process
+    alone, or something outside."""
+    count: int | None = Field(None, ge=1)
+    """With a launcher: how many workers it starts."""
+    ray_address: str | None = None
+    """Of the cluster; None is what RAY_ADDRESS says, else a cluster on this machine for as long as the dump takes."""
+    ray_cpus: float = Field(1, ge=0, allow_inf_nan=False)
+    """CPUs that Ray sets aside for each worker."""
+    ray_gpus: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """GPUs for each worker; None is as many as its engine uses, and none where the cluster has none."""
+    ray_resources: dict[str, float] = {}
+    """Other resources of the cluster that each worker takes, by name."""
+
+    @model_validator(mode="after")
+    def _launcher_and_count(self) -> Self:
+        if (self.launcher is None) != (self.count is None):
+            raise ValueError("launcher and count belong together: give --launcher and --workers, or neither")
+        given = " and ".join(sorted(key for key in self.model_fields_set if key.startswith("ray_")))
+        if given and self.launcher != "ray":
+            raise ValueError(
+                f"only --launcher ray (worker.launcher=ray) reads {given}: give it too, or leave {given} out"
+            )
+        return self
 
 
 class DumpConfig(_Section):
@@ -108,3 +157,4 @@ class DumpConfig(_Section):
     cache: CacheConfig = CacheConfig()
     responses: ResponsesConfig = ResponsesConfig()
     engine: EngineConfig = EngineConfig()
+    worker: WorkerConfig = WorkerConfig()

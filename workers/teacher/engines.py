@@ -1,0 +1,43 @@
+"""Opens the engine that a plan names."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cache_schema.manifest import Plan
+from workers.teacher.config import EngineConfig
+from workers.teacher.teacher import Teacher
+from workers.teacher.transformers_teacher import TransformersTeacher
+from workers.teacher.vllm_teacher import VllmTeacher
+
+
+@contextmanager
+def open_teacher(model: str, plan: Plan, settings: EngineConfig, device: torch.device) -> Iterator[Teacher]:
+    """The teacher of a plan, loaded; its memory is free again at the end.
+
+    Args:
+        settings: what of the engine changes no number, and so stands in no plan.
+
+    Raises:
+        InputError: the model does not load, or its engine is not here.
+    """
+    vocab_size = plan.tokenizer.vocab_size
+    if plan.engine.name == "transformers":
+        yield TransformersTeacher(model, plan.teacher, plan.engine, vocab_size=vocab_size, device=device)
+        return
+    teacher = VllmTeacher(
+        model,
+        plan.teacher,
+        plan.engine,
+        vocab_size=vocab_size,
+        device=device,
+        max_tokens=plan.dataset.max_tokens,
+        responds=plan.responses is not None,
+        memory_fraction=settings.memory_fraction,
+        self_check=settings.self_check,
+    )
+    try:
+        yield teacher
+    finally:
+        teacher.close()
