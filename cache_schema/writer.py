@@ -38,7 +38,7 @@ class _Abandoned(Exception):
 
 
 class ShardWriter:
-    """A context manager: ``append`` scored sequences; leaving it without an exception publishes the shard.
+    """``append`` scored sequences, then ``publish`` or ``abandon``; a context manager does one of these in the end.
 
     Rows stand in the order they were appended. Memory is bounded by one row group and one sequence's hidden states,
     which come in the teacher's compute dtype and are rounded here where the plan says int8.
@@ -88,7 +88,7 @@ class ShardWriter:
                     write_page_checksum=True,
                 )
         except BaseException:
-            self._abandon()
+            self.abandon()
             raise
         return self
 
@@ -111,9 +111,13 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is not None:
-            self._abandon()
-            return
+        if kind is None:
+            self.publish()
+        else:
+            self.abandon()
+
+    def publish(self) -> None:
+        """Give the files their names, then write the receipt."""
         try:
             expected = len(self._plan.shard_range(self._shard))
             if self._num_sequences != expected:
@@ -127,8 +131,16 @@ class ShardWriter:
             self._publications.close()
             write_json(self._cache_dir / receipt_name(self._shard), self._receipt())
         except BaseException:
-            self._abandon()
+            self.abandon()
             raise
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        for writer in self._writers.values():
+            with suppress(OSError):  # a full disk refuses the footer too
+                writer.close()
+        abandoned = _Abandoned()
+        self._publications.__exit__(_Abandoned, abandoned, None)
 
     def _open(self, name: str, schema: pa.Schema, **options: Any) -> None:
         temporary = self._publications.enter_context(publish(self._cache_dir / name))
@@ -149,13 +161,6 @@ class ShardWriter:
             yield
         except OSError as error:
             raise refused(self._cache_dir / name, error) from error
-
-    def _abandon(self) -> None:
-        for writer in self._writers.values():
-            with suppress(OSError):  # a full disk refuses the footer too
-                writer.close()
-        abandoned = _Abandoned()
-        self._publications.__exit__(_Abandoned, abandoned, None)
 
     def _receipt(self) -> Receipt:
         sizes = _column_bytes(self._cache_dir / shard_name(self._shard))

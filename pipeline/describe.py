@@ -19,6 +19,7 @@ from cache_schema.manifest import (
 from cache_schema.reader import CacheReader
 from cache_schema.sequence import SampledRows, TopKRows
 from pipeline.lookups import NO_LOG, describe_log
+from pipeline.work_in_progress import describe_workers, workers_in_words
 from workers.errors import InputError
 from workers.tokenizers import load_tokenizer
 
@@ -39,6 +40,7 @@ def describe(cache_dir: Path, lookups: Path | None = None) -> dict[str, Any]:
         for shard in range(plan.num_shards):
             if (cache_dir / receipt_name(shard)).exists():
                 receipts.append(read_json(cache_dir / receipt_name(shard), Receipt))
+    num_sequences = sum(receipt.num_sequences for receipt in receipts)
     num_positions = sum(receipt.num_positions for receipt in receipts)
     hidden_files = [cache_dir / hidden_name(receipt.shard) for receipt in receipts]
     head_files = [cache_dir / LM_HEAD_NAME] if complete else []
@@ -54,7 +56,7 @@ def describe(cache_dir: Path, lookups: Path | None = None) -> dict[str, Any]:
         "sampling": plan.sampling.model_dump() if plan.sampling else None,
         "top_k": plan.top_k,
         "positions": plan.positions,
-        "num_sequences": sum(receipt.num_sequences for receipt in receipts),
+        "num_sequences": num_sequences,
         "num_tokens": sum(receipt.num_tokens for receipt in receipts),
         "num_positions": num_positions,
         "num_shards": plan.num_shards,
@@ -85,6 +87,7 @@ def describe(cache_dir: Path, lookups: Path | None = None) -> dict[str, Any]:
         "responses": plan.responses.model_dump() if plan.responses else None,
         "lookups": describe_log(CacheReader(cache_dir), lookups) if complete else NO_LOG,
         "manifest_sha256": manifest_sha256(cache_dir) if complete else None,
+        **({} if complete else describe_workers(cache_dir, plan.num_sequences, num_sequences)),
     }
 
 
@@ -109,6 +112,7 @@ def in_words(cache_dir: Path, facts: dict[str, Any]) -> str:
         f"  size        {human_bytes(facts['bytes'])}; per position {columns}, "
         f"{facts['hidden_bytes_per_position']} B hidden states",
         *_log_in_words(facts),
+        *([] if facts["complete"] else workers_in_words(facts)),
     ]
     return "\n".join(lines)
 

@@ -14,12 +14,13 @@ from cache_schema.manifest import Generation, Receipt, read_json, receipt_name
 from cache_schema.reader import CacheReader
 from cache_schema.sequence import Positions, ScoredSequence, TokenSequence
 from cache_schema.writer import ShardWriter
-from pipeline.progress import progress_bar
+from pipeline.progress import dump_bar, progress_bar
 from pipeline.teacher_dump import Prepared
 from workers.distill.config import DistillConfig, OptimizerConfig
 from workers.distill.train import Training, prepare
 from workers.evaluate.misses import TOP_KS, Misses, measure_misses, tail_beyond
-from workers.teacher.dump import batches, dump
+from workers.teacher.batches import batches
+from workers.teacher.dump import dump
 from workers.teacher.int8 import measure_int8
 from workers.teacher.teacher import Teacher
 
@@ -96,7 +97,7 @@ def score_pilot(
     readers: list[CacheReader] = []
     timed: list[TimedTeacher] = []
     dump_seconds = 0.0
-    with progress_bar("scoring the pilot") as progress:
+    with dump_bar("scoring the pilot") as progress:
         for indexes in (trained, held_out):
             if not indexes:
                 continue

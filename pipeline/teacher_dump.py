@@ -12,7 +12,6 @@ import safetensors
 import torch
 
 from cache_schema.manifest import (
-    PLAN_NAME,
     DatasetIdentity,
     Engine,
     Generation,
@@ -20,19 +19,20 @@ from cache_schema.manifest import (
     Plan,
     Sampling,
     TokenizerIdentity,
-    read_json,
 )
 from cache_schema.sequence import TokenSequence
 from pipeline.describe import describe
-from pipeline.progress import progress_bar
+from pipeline.progress import dump_bar, progress_bar
 from workers.device import device_name, resolve_device
 from workers.errors import InputError
-from workers.teacher.checkpoint import context_length, end_token_ids, identity_of, model_directory, read_text_config
+from workers.teacher.checkpoint import context_length, end_token_ids, hidden_width, identity_of, model_directory
 from workers.teacher.config import DumpConfig
-from workers.teacher.dump import dump, finished_manifest, remaining_shards
+from workers.teacher.directory import finished_manifest, remaining_shards
+from workers.teacher.dump import Progress, Worker, dump
+from workers.teacher.engines import open_teacher
 from workers.teacher.int8 import num_residual_channels
 from workers.teacher.sequences import TokenizedData, read_sequences
-from workers.teacher.transformers_teacher import TransformersTeacher
+from workers.teacher.vllm_teacher import vllm_version
 from workers.tokenizers import chat_template_fingerprint, load_tokenizer, tokenizer_fingerprint, vocab_size
 
 # Bytes an id and a logit take together in a shard, measured on instruction text; for the size said before the dump.
@@ -55,7 +55,7 @@ class Prepared:
     """Exact for the data set's responses; for the teacher's own, the most there can be."""
 
 
-def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
+def prepare(config: DumpConfig) -> Prepared:
     """Read everything but the teacher's weights, and decide the plan.
 
     Raises:
@@ -77,7 +77,7 @@ def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
     if config.cache.hidden_states:
         # The scales of int8 need the teacher: ``dump`` measures them, or takes those the directory's plan has.
         dtype = config.cache.hidden_dtype or identity.dtype
-        hidden = HiddenStates(dtype=dtype, size=read_text_config(directory).hidden_size)
+        hidden = HiddenStates(dtype=dtype, size=hidden_width(directory))
     plan = Plan(
         teacher=identity,
         tokenizer=TokenizerIdentity(
@@ -95,7 +95,7 @@ def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
             max_tokens=max_tokens,
         ),
         responses=_generation(config, directory, tokenizer),
-        engine=_engine(config, device, cache_dir),
+        engine=_engine(config, device),
         positions=config.cache.positions,
         sampling=sampling,
         top_k=0 if sampling else config.cache.top_k,
@@ -110,26 +110,33 @@ def prepare(config: DumpConfig, cache_dir: Path) -> Prepared:
     return Prepared(plan, data.sequences, tokenizer, device, known + extra)
 
 
-def run(prepared: Prepared, config: DumpConfig, cache_dir: Path) -> dict[str, Any]:
-    """Dump what is missing; returns the description of the finished cache with what this command did."""
-    plan = prepared.plan
+def run(prepared: Prepared, config: DumpConfig, cache_dir: Path, worker: Worker) -> dict[str, Any]:
+    """Dump what is missing, beside other workers if there are any, and wait for theirs.
+
+    Returns the description of the finished cache with what this worker did.
+    """
+    plan, latest = prepared.plan, Progress()
     remaining = remaining_shards(cache_dir, plan)
     started = time.perf_counter()
     if remaining or finished_manifest(cache_dir) is None:
-        if plan.engine.num_threads:
-            torch.set_num_threads(plan.engine.num_threads)
-        teacher = TransformersTeacher(
-            config.teacher.model,
-            plan.teacher,
-            plan.engine,
-            vocab_size=plan.tokenizer.vocab_size,
-            device=prepared.device,
-        )
-        with progress_bar("answering and scoring" if plan.responses else "scoring") as progress:
-            dump(cache_dir, plan, prepared.sequences, teacher, prepared.tokenizer, progress)
-    seconds = time.perf_counter() - started
-    scored = sum(len(plan.shard_range(shard)) for shard in remaining)
-    return describe(cache_dir) | {"cache": str(cache_dir), "scored_sequences": scored, "seconds": seconds}
+        with (
+            open_teacher(config.teacher.model, plan, config.engine, prepared.device) as teacher,
+            dump_bar("answering and scoring" if plan.responses else "scoring") as show,
+        ):
+
+            def report(progress: Progress) -> None:
+                nonlocal latest
+                latest = progress
+                show(progress)
+
+            dump(cache_dir, plan, prepared.sequences, teacher, prepared.tokenizer, report, worker)
+    return describe(cache_dir) | {
+        "cache": str(cache_dir),
+        "worker": f"{worker.index}/{worker.count}",
+        "scored_sequences": latest.sequences,
+        "scored_tokens": latest.tokens,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def expected_size(prepared: Prepared) -> dict[str, Any]:
@@ -203,23 +210,27 @@ def _generation(config: DumpConfig, model_dir: Path, tokenizer: Any) -> Generati
     return Generation(**choices, end_token_ids=end_token_ids(model_dir, tokenizer))
 
 
-def _engine(config: DumpConfig, device: torch.device, cache_dir: Path) -> Engine:
-    """The engine of this machine; a dump that goes on keeps the thread count it began with."""
+def _engine(config: DumpConfig, device: torch.device) -> Engine:
+    """The engine of this machine."""
     import transformers
 
     num_threads = torch.get_num_threads() if device.type == "cpu" else 0
-    if num_threads and (cache_dir / PLAN_NAME).exists():
-        num_threads = read_json(cache_dir / PLAN_NAME, Plan).engine.num_threads or num_threads
+    versions = {
+        "logit-cache": version("logit-cache"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "pyarrow": pyarrow.__version__,
+        "safetensors": safetensors.__version__,
+    }
+    if config.engine.name == "vllm":
+        versions["vllm"] = vllm_version()
     return Engine(
         name=config.engine.name,
         device=device_name(device),
         num_threads=num_threads,
         tokens_per_batch=config.engine.tokens_per_batch,
-        versions={
-            "logit-cache": version("logit-cache"),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "pyarrow": pyarrow.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        tensor_parallel=config.engine.tensor_parallel,
+        pipeline_parallel=config.engine.pipeline_parallel,
+        quantization=config.engine.quantization,
+        versions=versions,
     )

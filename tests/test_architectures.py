@@ -56,7 +56,8 @@ from tests.tiny_models import build_tiny_model, save_tiny_model
 from workers.errors import InputError
 from workers.teacher import lm_head
 from workers.teacher.checkpoint import body_of, identity_of, load_model, require_plain_head
-from workers.teacher.lm_head import load_head, score
+from workers.teacher.lm_head import load_head
+from workers.teacher.scoring import score
 from workers.teacher.transformers_teacher import TransformersTeacher
 
 WINDOW = 8

@@ -20,9 +20,10 @@ from tests.tiny import CHATML, tiny_tokenizer
 from tests.tiny_cache import dump_tiny_cache, load_teacher, random_sequences
 from tests.tiny_models import save_tiny_llama, save_tiny_model
 from workers.errors import InputError
+from workers.teacher.batches import batches, score_batch
 from workers.teacher.checkpoint import context_length, end_token_ids, load_model, read_text_config
-from workers.teacher.dump import batches, dump, score_batch
-from workers.teacher.lm_head import score
+from workers.teacher.dump import dump
+from workers.teacher.scoring import score
 from workers.tokenizers import load_tokenizer
 
 SEQUENCES = random_sequences()
@@ -169,7 +170,9 @@ def test_a_batch_is_scored_as_its_sequences_one_by_one(teacher_dir, dtype, tmp_p
     reader = dump_tiny_cache(tmp_path / "cache", teacher_dir, SEQUENCES, dtype=dtype)
     teacher = load_teacher(teacher_dir, reader.plan)
     states = teacher.hidden_states(SEQUENCES, "response")
-    for scored, hidden in zip(score_batch(reader.plan, SEQUENCES, states, teacher.lm_head), states, strict=True):
+    for scored, hidden in zip(
+        score_batch(reader.plan, SEQUENCES, states, teacher.lm_head).to_host(), states, strict=True
+    ):
         labels = torch.tensor(scored.sequence.input_ids[1:][scored.sequence.loss_mask[1:]]).long()
         alone = score(teacher.lm_head, hidden, labels, 8, reader.plan.temperatures)
         assert scored.rows.token_ids.tolist() == alone.token_ids_NK.tolist()
@@ -290,9 +293,12 @@ def test_progress_ends_with_the_work_and_counts_answers(teacher_dir, finished, t
         plan = plan.model_copy(update={"responses": generation})
         sequences = [sequence_of(6, first) for first in range(len(SEQUENCES))]
     teacher, tokenizer = load_teacher(teacher_dir, plan), load_tokenizer(str(teacher_dir))
-    dump(tmp_path / "cache", plan, sequences, teacher, tokenizer, lambda done, total: calls.append((done, total)))
+    dump(tmp_path / "cache", plan, sequences, teacher, tokenizer, calls.append)
     total = len(SEQUENCES) * (2 if responds else 1)
-    assert {of for _, of in calls} == {total}
-    assert calls[-1][0] == total
-    assert all(done < later for (done, _), (later, _) in pairwise(calls))
+    assert {progress.total for progress in calls} == {total}
+    assert calls[-1].done == total
+    assert calls[-1].sequences == len(SEQUENCES)
+    assert calls[-1].tokens == CacheReader(tmp_path / "cache").manifest.num_tokens
+    assert calls[-1].shards == calls[-1].num_shards == plan.num_shards
+    assert all(earlier.done <= later.done and earlier.shards <= later.shards for earlier, later in pairwise(calls))
     assert verify(tmp_path / "cache").ok

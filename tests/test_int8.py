@@ -248,7 +248,7 @@ def test_a_dump_again_of_a_finished_cache_is_no_work(int8_cache, teacher_dir, da
 def test_a_dry_run_says_the_bytes_without_a_teacher(
     teacher_dir, data_file, tmp_path, cache_dir, int8_cache, monkeypatch
 ):
-    monkeypatch.setattr("pipeline.teacher_dump.TransformersTeacher", None)
+    monkeypatch.setattr("pipeline.teacher_dump.open_teacher", None)
     positions = CacheReader(cache_dir).manifest.num_positions
     for folder in (tmp_path / "new", int8_cache):
         sizes = {}

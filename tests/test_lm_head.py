@@ -13,9 +13,10 @@ from cache_schema.errors import CacheCorruptError
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import build_tiny_model, save_tiny_llama
 from workers.errors import InputError
-from workers.teacher import lm_head
+from workers.teacher import lm_head, scoring
 from workers.teacher.checkpoint import body_of, require_plain_head, require_vocabulary
-from workers.teacher.lm_head import LMHead, chunks, float32_matmul, head_of, load_head, save_head, score
+from workers.teacher.lm_head import LMHead, chunks, float32_matmul, head_of, load_head, save_head
+from workers.teacher.scoring import score
 
 CPU = torch.device("cpu")
 TEMPERATURES = (1.0, 3.0)
@@ -118,7 +119,7 @@ def test_chunking_changes_memory_not_the_result(monkeypatch, rows_per_chunk):
     sizes = []
     monkeypatch.setattr(lm_head, "CHUNK_BYTES", rows_per_chunk * 4 * 101)
     monkeypatch.setattr(
-        lm_head, "exact_top_k", lambda logits, k, run=lm_head.exact_top_k: sizes.append(len(logits)) or run(logits, k)
+        scoring, "exact_top_k", lambda logits, k, run=scoring.exact_top_k: sizes.append(len(logits)) or run(logits, k)
     )
     chunked = score(head, hidden, labels, 7, TEMPERATURES)
     assert sum(sizes) == 23
@@ -136,9 +137,9 @@ def test_a_half_precision_head_is_upcast_once_for_all_chunks_with_the_same_resul
     monkeypatch.setattr(lm_head, "CHUNK_BYTES", 5 * 4 * 101)
     upcast = []
     monkeypatch.setattr(
-        lm_head,
+        scoring,
         "exact_top_k",
-        lambda logits, k, run=lm_head.exact_top_k: upcast.append(logits.clone()) or run(logits, k),
+        lambda logits, k, run=scoring.exact_top_k: upcast.append(logits.clone()) or run(logits, k),
     )
     score(head, hidden, labels, 7, TEMPERATURES)
     assert len(upcast) == 5

@@ -1,14 +1,17 @@
 """Where tensors live."""
 
+import os
 import warnings
 
 import torch
 
 from workers.errors import InputError
 
+_CPU = torch.device("cpu")
+
 
 def resolve_device(name: str, flag: str = "--device") -> torch.device:
-    """``auto`` is the first accelerator torch sees, else the CPU.
+    """``auto`` is an accelerator torch sees, else the CPU: of several, this process's own where they are numbered.
 
     Args:
         flag: what the user gave the name with.
@@ -17,7 +20,7 @@ def resolve_device(name: str, flag: str = "--device") -> torch.device:
         InputError: no such device here, or one that does not compute.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", _local_rank() % torch.cuda.device_count()) if torch.cuda.is_available() else _CPU
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of device types that torch is giving up
@@ -31,6 +34,12 @@ def resolve_device(name: str, flag: str = "--device") -> torch.device:
         sentence = str(error).split("\n")[0].split(". ")[0].rstrip(".")
         raise _unusable(name, flag, f"it does not compute ({sentence})") from None
     return device
+
+
+def _local_rank() -> int:
+    """The number of this process on its machine, by torchrun or Slurm; 0 without them."""
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    return int(rank) if rank.isdecimal() else 0
 
 
 def _unusable(name: str, flag: str, reason: str) -> InputError:

@@ -9,7 +9,7 @@ from torch import Tensor
 from cache_schema.errors import CacheMismatchError
 from cache_schema.manifest import TeacherIdentity
 from cache_schema.reader import CacheReader
-from workers.teacher.dump import batches
+from workers.teacher.batches import batches
 from workers.teacher.lm_head import LMHead
 from workers.teacher.sampling import fault_in_draws
 from workers.teacher.teacher import Teacher

@@ -9,8 +9,9 @@ from cache_schema.manifest import LM_HEAD_NAME, Plan
 from cache_schema.reader import CacheReader
 from cache_schema.sequence import TopKRows
 from cache_schema.storage import sha256_of
-from workers.teacher.lm_head import LMHead, load_head, score
+from workers.teacher.lm_head import LMHead, load_head
 from workers.teacher.sampling import BEYOND_THE_PILOT, fault_in_draws
+from workers.teacher.scoring import score
 
 _CHECKED_SEQUENCES = 4
 

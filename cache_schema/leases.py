@@ -1,0 +1,312 @@
+"""Who is at which piece of work, for workers on many machines that share nothing but a directory.
+
+A lease is a file ``NAME.lease-G``; of several generations G the highest counts. Its holder rewrites it again and again
+while it lives. It is abandoned when its holder died on this machine, which a file lock tells at once, or when it has
+not changed for as long as it says itself, by the clock of whoever looks: clocks of two machines are never compared. To
+take over is to make the file of the next generation, which of several that try only one can.
+
+Leases spare work; they decide nothing about what is written. A worker that slept past its time finds out with
+``is_lost`` before it publishes, and what two workers publish in the instant between is the same bytes.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cache_schema.storage import refused
+
+LEASES_NAME = "leases"
+DEFAULT_SECONDS = 60.0
+_BEATS_PER_LEASE = 6
+_FILE = re.compile(r"(?P<name>[A-Za-z0-9_-]+)\.lease-(?P<generation>\d+)")
+_SIZE = 512
+"""Every lease has this many bytes, so that one write replaces all of it."""
+
+
+class LeaseRecord(BaseModel):
+    """What a lease says: who holds it, and how far that worker has come."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    worker: str
+    host: str = Field(max_length=64)
+    pid: int
+    machine: str
+    """Of the running kernel: on another one its locks say nothing."""
+    seconds: float
+    """Unchanged for so long, the lease is abandoned."""
+    beat: int = 0
+    sequences: int = 0
+    """Scored by this worker since it began, in all its leases."""
+    tokens: int = 0
+    working_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class SeenLease:
+    """A lease that somebody holds or has left."""
+
+    name: str
+    record: LeaseRecord
+    age_seconds: float
+    """Since it last changed, by the file system's clock and this machine's."""
+    is_dead: bool
+    """Its holder was on this machine and is gone."""
+
+
+class Lease:
+    """Held by this process; ``release`` when the work is done or given up."""
+
+    def __init__(self, leases: "Leases", name: str, generation: int, descriptor: int) -> None:
+        self.name = name
+        self._leases = leases
+        self._generation = generation
+        self._descriptor = descriptor
+
+    def is_lost(self) -> bool:
+        """Whether another worker thought this one dead and took over, or somebody removed the lease."""
+        place = self._leases.folder
+        mine, next_one = (place / _file_name(self.name, self._generation + more) for more in (0, 1))
+        return next_one.exists() or not mine.exists()
+
+    def release(self) -> None:
+        self._leases.forget(self)
+        for generation in range(self._generation, -1, -1):
+            with suppress(OSError):
+                (self._leases.folder / _file_name(self.name, generation)).unlink()
+        os.close(self._descriptor)
+
+    def beat(self, record: LeaseRecord) -> None:
+        # A file system that refuses now may not at the next beat; if it goes on, the lease is lost, as it should be.
+        with suppress(OSError):
+            os.pwrite(self._descriptor, _to_bytes(record), 0)
+            os.fsync(self._descriptor)
+
+
+class Leases:
+    """One worker's leases in a directory. A context manager; leaving it lets go of all of them.
+
+    Args:
+        folder: made when the first lease is.
+        worker: shown to whoever looks.
+        seconds: after so long without a sign of life others take over.
+    """
+
+    def __init__(self, folder: Path, worker: str, seconds: float = DEFAULT_SECONDS) -> None:
+        self.folder = folder
+        self._seconds = seconds
+        self._record = LeaseRecord(
+            worker=worker, host=socket.gethostname()[:64], pid=os.getpid(), machine=_machine(), seconds=seconds
+        )
+        self._held: list[Lease] = []
+        # Two locks, for a beat waits for the disk and whoever only counts must not wait for it.
+        self._record_guard, self._held_guard = threading.Lock(), threading.Lock()
+        self._stopped = threading.Event()
+        self._started = time.monotonic()
+        self._last_beat = self._started
+        self._seen: dict[str, tuple[bytes, float]] = {}
+        self._heart = threading.Thread(target=self._beat, name="lease-heartbeat", daemon=True)
+
+    def __enter__(self) -> "Leases":
+        self._heart.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stopped.set()
+        self._heart.join()
+        for lease in list(self._held):
+            lease.release()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    @property
+    def poll_seconds(self) -> float:
+        """How often to look whether somebody else's lease is free."""
+        return min(1.0, self._seconds / 20)
+
+    def claim(self, names: Iterable[str]) -> Lease | None:
+        """A lease of the first name that nobody holds, this worker included, or None.
+
+        What it is for may have been finished just before: look again before you begin.
+
+        Raises:
+            StorageError: the directory cannot be written.
+        """
+        newest = _newest(self.folder)
+        with self._held_guard:
+            mine = {lease.name for lease in self._held}
+        for name in names:
+            if name in mine:
+                continue
+            generation = newest.get(name)
+            if generation is not None and not self._is_abandoned(_file_name(name, generation)):
+                continue
+            lease = self._make(name, 0 if generation is None else generation + 1)
+            if lease is not None:
+                return lease
+        return None
+
+    def wait_for(self, name: str, is_done: Callable[[], bool]) -> Lease | None:
+        """Claim one name as soon as it is free; None when ``is_done`` says so first."""
+        while not is_done():
+            lease = self.claim([name])
+            if lease is not None:
+                return lease
+            time.sleep(self.poll_seconds)
+        return None
+
+    def note(self, *, sequences: int, tokens: int) -> None:
+        """Add to what the worker's leases say it has done."""
+        with self._record_guard:
+            done = {"sequences": self._record.sequences + sequences, "tokens": self._record.tokens + tokens}
+            self._record = self._record.model_copy(update=done)
+
+    def forget(self, lease: Lease) -> None:
+        with self._held_guard, suppress(ValueError):
+            self._held.remove(lease)
+
+    def remove_folder(self) -> None:
+        """When nothing is left to do: whatever stands there is of workers long dead."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _beat(self) -> None:
+        while not self._stopped.wait(self._seconds / _BEATS_PER_LEASE):
+            if self._was_asleep():
+                self._seen = {}
+            self._last_beat = time.monotonic()
+            record = self._current_record()
+            with self._held_guard:
+                for lease in self._held:
+                    lease.beat(record)
+
+    def _current_record(self) -> LeaseRecord:
+        with self._record_guard:
+            seconds = round(time.monotonic() - self._started, 1)
+            self._record = self._record.model_copy(update={"beat": self._record.beat + 1, "working_seconds": seconds})
+            return self._record
+
+    def _make(self, name: str, generation: int) -> Lease | None:
+        path = self.folder / _file_name(name, generation)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if isinstance(error, FileExistsError) and not self.folder.exists():
+                return None  # another has just removed the empty directory
+            raise refused(self.folder, error) from error
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except (FileExistsError, FileNotFoundError):
+            return None  # another was faster, or has just removed the empty directory
+        except OSError as error:
+            raise refused(path, error) from error
+        try:
+            # Locked before it says whose it is. Where a file system has no locks, the heartbeat alone tells.
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.pwrite(descriptor, _to_bytes(self._current_record()), 0)
+        except OSError as error:
+            os.close(descriptor)
+            with suppress(OSError):
+                path.unlink()
+            raise refused(path, error) from error
+        lease = Lease(self, name, generation, descriptor)
+        with self._held_guard:
+            self._held.append(lease)
+        return lease
+
+    def _is_abandoned(self, file_name: str) -> bool:
+        try:
+            raw = (self.folder / file_name).read_bytes()
+        except FileNotFoundError:
+            return False  # released just now; the next look shows what there is
+        record = _from_bytes(raw)  # None of half a beat, and of what a machine that lost power left
+        if record and record.machine == self._record.machine and _holder_is_dead(self.folder / file_name):
+            return True
+        seen, since = self._seen.get(file_name, (None, 0.0))
+        if seen != raw or self._was_asleep():
+            self._seen[file_name] = (raw, time.monotonic())
+            return False
+        return time.monotonic() - since >= (record.seconds if record else self._seconds)
+
+    def _was_asleep(self) -> bool:
+        """Whether this process itself was stopped just now: then others may have been too, and are to be given time."""
+        return time.monotonic() - self._last_beat > self._seconds / 2
+
+
+def leases_in(folder: Path) -> list[SeenLease]:
+    """What the workers of a directory say of themselves, by name."""
+    machine, found = _machine(), []
+    for name, generation in sorted(_newest(folder).items()):
+        path = folder / _file_name(name, generation)
+        with suppress(FileNotFoundError):
+            record, age = _from_bytes(path.read_bytes()), time.time() - path.stat().st_mtime
+            if record is not None:
+                dead = record.machine == machine and _holder_is_dead(path)
+                found.append(SeenLease(name, record, max(0.0, age), dead))
+    return found
+
+
+def _newest(folder: Path) -> dict[str, int]:
+    """The highest generation of each name."""
+    newest: dict[str, int] = {}
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return newest
+    for match in filter(None, map(_FILE.fullmatch, names)):
+        name, generation = match["name"], int(match["generation"])
+        newest[name] = max(generation, newest.get(name, 0))
+    return newest
+
+
+def _holder_is_dead(path: Path) -> bool:
+    """Whether the lock of a lease of this machine is free: the kernel lets go of it when its holder ends."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _file_name(name: str, generation: int) -> str:
+    return f"{name}.lease-{generation}"
+
+
+def _to_bytes(record: LeaseRecord) -> bytes:
+    return record.model_dump_json().encode().ljust(_SIZE)
+
+
+def _from_bytes(raw: bytes) -> LeaseRecord | None:
+    try:
+        return LeaseRecord.model_validate_json(raw)
+    except ValidationError:
+        return None
+
+
+def _machine() -> str:
+    """The running kernel, as far as it can be told; a container with a host name of its own counts as a machine."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        boot = ""
+    return hashlib.sha256(f"{boot} {socket.gethostname()}".encode()).hexdigest()[:16]

@@ -1,0 +1,106 @@
+"""Encodes and writes shards in a thread of its own, while the teacher computes the next batches."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from types import TracebackType
+
+from cache_schema.errors import StorageError
+from cache_schema.leases import Lease
+from cache_schema.manifest import Plan
+from cache_schema.writer import ShardWriter
+from workers.teacher.batches import ScoredBatch
+
+_MOST_WAITING = 3
+"""Batches scored and not yet written: each holds its hidden states in memory."""
+
+
+class BackgroundWriter:
+    """A context manager; leaving it waits for what was given; a shard that was not given whole is abandoned.
+
+    Whatever fails in the thread is raised by the next call here, and nothing more is written.
+    """
+
+    def __init__(self, cache_dir: Path, plan: Plan) -> None:
+        self._cache_dir = cache_dir
+        self._plan = plan
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        self._waiting: deque[Future[None]] = deque()
+        self._failed = Event()
+        self._open: ShardWriter | None = None
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.drain()
+        finally:
+            self._thread.shutdown()  # after the few batches that wait: a shard that has all of its own is kept
+            if self._open is not None:
+                self._open.abandon()
+
+    @contextmanager
+    def shard(self, number: int, lease: Lease) -> Iterator[Callable[[ScoredBatch], None]]:
+        """Yield what takes the shard's batches, in order. It is published, and its lease released, in due time.
+
+        A shard whose lease is lost by then is left to the worker who took over.
+        """
+        self._submit(lambda: self._begin(number))
+        yield lambda batch: self._submit(lambda: self._append(batch))
+        self._submit(lambda: self._finish(lease))
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._waiting
+
+    def drain(self) -> None:
+        """Wait until everything given is written."""
+        while self._waiting:
+            self._waiting.popleft().result()
+
+    def _begin(self, number: int) -> None:
+        self._open = ShardWriter(self._cache_dir, self._plan, number).__enter__()
+
+    def _append(self, batch: ScoredBatch) -> None:
+        assert self._open is not None
+        for scored in batch.to_host():
+            self._open.append(scored)
+
+    def _finish(self, lease: Lease) -> None:
+        writer, self._open = self._open, None
+        assert writer is not None
+        if lease.is_lost():
+            writer.abandon()
+        else:
+            _publish(writer, lease)
+        lease.release()
+
+    def _submit(self, task: Callable[[], None]) -> None:
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) >= _MOST_WAITING):
+            self._waiting.popleft().result()
+        self._waiting.append(self._thread.submit(self._run, task))
+
+    def _run(self, task: Callable[[], None]) -> None:
+        if self._failed.is_set():
+            return
+        try:
+            task()
+        except BaseException:
+            self._failed.set()
+            raise
+
+
+def _publish(writer: ShardWriter, lease: Lease) -> None:
+    try:
+        writer.publish()
+    except StorageError:
+        # Whoever takes over a shard removes its temporary files: this worker was paused while it gave them their names.
+        if not lease.is_lost():
+            raise
