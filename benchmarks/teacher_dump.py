@@ -1,17 +1,21 @@
 """A whole dump against the bare teacher forward, and its peak memory against a dump of dense logits.
 
 The bare forward is the body and the LM head, in the same float32-accumulated arithmetic, over the same batches; nothing
-of it is kept. Bare forward and dumps take turns, ROUNDS times; medians of the ratios of one turn.
+of it is kept. The dump goes on in a directory that has plan, tokenizer and LM head, which a dump writes once whatever
+its size. Bare forward and dumps take turns; medians of the ratios of one turn.
 """
 
 import argparse
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,25 +107,32 @@ def row(
     plans = [plan_of(reader, asked, dtype, positions, hidden) for hidden in (True, False)]
     teacher, tokenizer = open_teacher(plans[0], asked), load_tokenizer(str(TEACHER))
 
-    def dumped(plan: Plan) -> Callable[[], None]:
-        def work() -> None:
-            with tempfile.TemporaryDirectory() as folder:
-                dump(Path(folder) / "cache", plan, sequences, teacher, tokenizer)
-
-        return work
-
-    works = [lambda: bare(plans[0], sequences, teacher), *map(dumped, plans)]
-    seconds: list[list[float]] = []
-    for _ in range(asked.rounds + 1):
-        seconds.append([timed(work, teacher.lm_head) for work in works])
-    turns = seconds[1:]  # the first one warms up
+    turns = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number, plan in enumerate(plans):  # which warms up, too
+            dump(folder / f"whole-{number}", plan, sequences, teacher, tokenizer)
+        for _ in range(asked.rounds):
+            turn = [timed(lambda: bare(plans[0], sequences, teacher), teacher.lm_head)]
+            for number, plan in enumerate(plans):
+                cache_dir = begun(folder / f"whole-{number}", folder / "cache")
+                work = partial(dump, cache_dir, plan, sequences, teacher, tokenizer)
+                turn.append(timed(work, teacher.lm_head))
+                shutil.rmtree(cache_dir)
+            turns.append(turn)
     num_tokens = sum(sequence.num_tokens for sequence in sequences)
     pace = num_tokens / statistics.median(turn[0] for turn in turns)
     ratios = [statistics.median(turn[0] / turn[place] for turn in turns) for place in (1, 2)]
     return f"| {dtype} | {positions} | {pace:,.0f} | {ratios[0]:.3f} | {ratios[1]:.3f} |"
 
 
-def timed(work: Callable[[], None], head: LMHead) -> float:
+def begun(whole: Path, cache_dir: Path) -> Path:
+    """A directory with what a dump writes before its first shard."""
+    ignored = shutil.ignore_patterns("shard-*", "manifest.json")
+    return Path(shutil.copytree(whole, cache_dir, ignore=ignored, copy_function=os.link))
+
+
+def timed(work: Callable[[], object], head: LMHead) -> float:
     started = time.perf_counter()
     work()
     if head.weight_VD.is_cuda:

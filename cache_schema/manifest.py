@@ -86,6 +86,8 @@ class Engine(Stored):
     num_threads: int
     """CPU threads; they decide the order of float32 sums. 0 on an accelerator."""
     tokens_per_batch: int
+    compiled: bool = False
+    """Whether torch.compile made the body, which adds in another order."""
     tensor_parallel: int = 1
     """Devices each layer is split over; they decide the order of sums, as the next."""
     pipeline_parallel: int = 1

@@ -229,6 +229,7 @@ def _engine(config: DumpConfig, device: torch.device) -> Engine:
         device=device_name(device),
         num_threads=num_threads,
         tokens_per_batch=config.engine.tokens_per_batch,
+        compiled=config.engine.compile,
         tensor_parallel=config.engine.tensor_parallel,
         pipeline_parallel=config.engine.pipeline_parallel,
         quantization=config.engine.quantization,

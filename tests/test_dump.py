@@ -1,7 +1,10 @@
 """A dump: what it refuses of a teacher, what it stores when, and what it leaves behind."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -302,3 +305,30 @@ def test_progress_ends_with_the_work_and_counts_answers(teacher_dir, finished, t
     assert calls[-1].shards == calls[-1].num_shards == plan.num_shards
     assert all(earlier.done <= later.done and earlier.shards <= later.shards for earlier, later in pairwise(calls))
     assert verify(tmp_path / "cache").ok
+
+
+# ---- a compiled body ----
+
+
+@pytest.mark.slow
+def test_a_compiled_body_gives_the_same_hidden_states_for_batches_of_any_shape(teacher_dir, finished):
+    plan = finished.plan
+    compiled = plan.model_copy(update={"engine": plan.engine.model_copy(update={"compiled": True})})
+    teachers = [load_teacher(teacher_dir, one) for one in (plan, compiled)]
+    for batch in (SEQUENCES, SEQUENCES[:1], SEQUENCES[2:4]):
+        plain, fast = (teacher.hidden_states(batch, "all") for teacher in teachers)
+        for ours, theirs in zip(plain, fast, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_body_that_cannot_be_compiled_is_one_error(teacher_dir, data_file, tmp_path):
+    environment = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    command = [sys.executable, "-m", "pipeline", "teacher-dump", "--teacher", teacher_dir, "--data", data_file,
+               "--out", tmp_path / "cache", "--set", "engine.compile=true"]  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "error: engine.compile=true: LlamaModel cannot be compiled here" in done.stderr
+    assert "leave engine.compile out" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "cache").exists()

@@ -96,11 +96,14 @@ class ResponsesConfig(_Section):
 
 class EngineConfig(_Section):
     name: Literal["transformers", "vllm"] = "transformers"
-    """What runs the teacher's body. The keys below ``tokens_per_batch`` are for ``vllm`` alone."""
+    """What runs the teacher's body. The keys below ``compile`` are for ``vllm`` alone."""
     device: str = "auto"
     """With ``vllm``, of the LM head; vLLM takes the first GPUs it sees, or the CPU."""
     tokens_per_batch: int = Field(4096, ge=1)
     """Padded tokens the teacher reads at once."""
+    compile: bool = False
+    """With ``transformers``: compile the body, which takes minutes and a C++ compiler; it then runs 1.1 to 1.2 times as
+    fast on a CPU."""
     tensor_parallel: int = Field(1, ge=1)
     """GPUs that share each layer."""
     pipeline_parallel: int = Field(1, ge=1)
@@ -119,6 +122,8 @@ class EngineConfig(_Section):
         given = " and ".join(key for key in of_vllm if key in self.model_fields_set)
         if given and self.name != "vllm":
             raise ValueError(f"only --engine vllm (engine.name=vllm) reads {given}: give it too, or leave {given} out")
+        if self.compile and self.name == "vllm":
+            raise ValueError("compile is for the transformers engine; vllm compiles by itself: leave it out")
         return self
 
 

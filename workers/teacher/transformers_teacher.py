@@ -8,13 +8,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import cpu_offload
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from cache_schema.manifest import Engine, Generation, TeacherIdentity
 from cache_schema.sequence import Positions, TokenSequence
 from workers.errors import InputError
-from workers.teacher.checkpoint import body_of, load_model, not_finite, require_plain_head, require_vocabulary
+from workers.teacher.checkpoint import (
+    body_of,
+    first_line,
+    load_model,
+    not_finite,
+    require_plain_head,
+    require_vocabulary,
+)
 from workers.teacher.lm_head import head_of
 
 _PROBE_TOKENS = 8
@@ -56,8 +63,11 @@ class TransformersTeacher:
         require_plain_head(self._model, vocab_size)
         _require_causal(self._model, vocab_size)
         self._short_context = _short_context(self._model)
+        self._body = body_of(self._model)
+        if engine.compiled:
+            self._body = _compiled(self._body, device)
         if offload:
-            cpu_offload(body_of(self._model), execution_device=device)
+            cpu_offload(self._body, execution_device=device)
 
     def hidden_states(self, batch: Sequence[TokenSequence], positions: Positions) -> list[Tensor]:
         short = [sequence for sequence in batch if sequence.num_tokens <= self._short_context]
@@ -69,7 +79,8 @@ class TransformersTeacher:
         for row, sequence in enumerate(batch):
             input_ids[row, : sequence.num_tokens] = torch.tensor(sequence.input_ids)
         # No attention mask: the padding is on the right, where the model was seen not to look.
-        hidden_BTD = self._body(input_ids.to(self._device))
+        with torch.inference_mode():
+            hidden_BTD = self._body(input_ids=input_ids.to(self._device), use_cache=False).last_hidden_state
         targets = [torch.from_numpy(sequence.target_rows(positions)) for sequence in batch]
         sizes = [len(rows) for rows in targets]
         owners = torch.repeat_interleave(torch.arange(len(batch)), torch.tensor(sizes))
@@ -105,10 +116,23 @@ class TransformersTeacher:
         responses = written[:, longest:].cpu().numpy().astype(np.int32)
         return [_completed(prompt, response, ends) for prompt, response in zip(batch, responses, strict=True)]
 
-    def _body(self, input_ids_BT: Tensor) -> Tensor:
+
+def _compiled(body: nn.Module, device: torch.device) -> Any:
+    """The body as ``torch.compile`` makes it, for batches of any shape.
+
+    Raises:
+        InputError: it cannot be compiled, or there is no compiler here.
+    """
+    compiled = torch.compile(body, dynamic=True)
+    try:
         with torch.inference_mode():
-            hidden_BTD: Tensor = body_of(self._model)(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-        return hidden_BTD
+            compiled(input_ids=torch.zeros(2, _PROBE_TOKENS, dtype=torch.long, device=device), use_cache=False)
+    except Exception as error:  # the compiler's errors have many types, most of them private
+        raise InputError(
+            f"engine.compile=true: {type(body).__name__} cannot be compiled here ({first_line(error)}): install a C++ "
+            f"compiler if that is missing, or leave engine.compile out."
+        ) from error
+    return compiled
 
 
 def _require_causal(model: Any, vocab_size: int) -> None:
