@@ -30,6 +30,7 @@ from workers.teacher.self_check import (
     require_final_norm,
     require_not_unit_length,
     require_reference,
+    require_same_logits,
 )
 from workers.teacher.transformers_teacher import TransformersTeacher
 
@@ -120,6 +121,23 @@ def test_states_of_another_row_or_another_model_are_not_the_reference_s(tokenize
     for wrong in (states(folder).roll(1, 0), states(other)):
         with pytest.raises(InputError, match=r"vllm 0.32.0 gives other logits .* differ by [0-9.]+, rounding explains"):
             check(wrong)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "allowed"), [("float32", 40.0, 1e-3), ("float32", 80.0, 2e-3), ("bfloat16", 40.0, 5.0)]
+)
+def test_one_logit_may_differ_by_rounding_and_no_more(dtype, largest, allowed):
+    expected_NV = torch.linspace(-1, largest, 12, dtype=torch.float64).reshape(3, 4)
+    for share in (0.99, 1.01):
+        given_NV = expected_NV.clone()
+        given_NV[1, 2] -= share * allowed
+        if share < 1:
+            require_same_logits(given_NV, expected_NV, dtype, "vllm")
+        else:
+            with pytest.raises(InputError, match="gives other logits than the transformers engine"):
+                require_same_logits(given_NV, expected_NV, dtype, "vllm")
+    with pytest.raises(InputError, match="differ by nan"):
+        require_same_logits(expected_NV * torch.nan, expected_NV, dtype, "vllm")
 
 
 def test_a_head_is_read_where_the_files_leave_out_the_model_s_prefix(tokenizer, tmp_path):

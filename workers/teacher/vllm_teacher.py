@@ -126,7 +126,14 @@ class VllmTeacher:
         self._writing: Any = None
 
     def close(self) -> None:
-        """Give the memory back; the teacher cannot be asked after that."""
+        """Give the memory back; the teacher cannot be asked after that, nor any other of this process.
+
+        vLLM's engines of a process share what lets workers talk to each other, and the first to end ends it. Left to
+        the garbage collector, that could happen to the next teacher at any moment.
+        """
+        for llm in (self._scoring, self._writing):
+            if llm is not None:
+                llm.llm_engine.engine_core.shutdown()
         self._scoring = self._writing = None
         gc.collect()
         if self._device.type == "cuda":
@@ -146,17 +153,20 @@ class VllmTeacher:
         hidden_ND = torch.cat([hidden_TD[rows] for hidden_TD, rows in zip(states, targets, strict=True)])
         return list(torch.split(hidden_ND.to(self._device), [len(rows) for rows in targets]))
 
-    def respond(self, batch: Sequence[TokenSequence], generation: Generation, seed: int) -> list[TokenSequence]:
+    def respond(
+        self, prompts: Sequence[TokenSequence], generation: Generation, seed: int
+    ) -> Iterator[list[TokenSequence]]:
         if self._writing is None:
             with _in_peace(self.engine, self._device):
                 # generation_config.json is no part of the teacher's identity: of it, only the ids that end a response
                 # count, and those stand in the plan.
                 self._writing = self._open(skip_tokenizer_init=True, generation_config="vllm")
-        prompts = [{"prompt_token_ids": prompt.input_ids.tolist()} for prompt in batch]
-        params = [self._sampling_params(prompt, generation, seed) for prompt in batch]
+        params = [self._sampling_params(prompt, generation, seed) for prompt in prompts]
+        # All at once: vLLM batches them as they come and go.
+        asked = [{"prompt_token_ids": prompt.input_ids.tolist()} for prompt in prompts]
         with self._refusals():
-            outputs = self._writing.generate(prompts, params, use_tqdm=False)
-        return [self._completed(prompt, output) for prompt, output in zip(batch, outputs, strict=True)]
+            outputs = self._writing.generate(asked, params, use_tqdm=False)
+        yield [self._completed(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
     def _open(self, **options: Any) -> Any:
         from vllm import LLM
@@ -178,6 +188,9 @@ class VllmTeacher:
             )
         if num_devices == 1:
             options["distributed_executor_backend"] = "uni"
+        elif on_cpu or num_devices <= torch.cuda.device_count():
+            # Processes of this machine. More devices than that are several machines', which vLLM reaches through Ray.
+            options["distributed_executor_backend"] = "mp"
         if on_cpu:
             options["kv_cache_memory_bytes"] = _CPU_CACHE_BYTES
         with self._refusals():
@@ -245,7 +258,7 @@ class VllmTeacher:
                 # Padding rows of the head are no tokens, so never the next one.
                 logit_bias=dict.fromkeys(range(self.lm_head.vocab_size, rows), float("-inf")) or None,
             )
-        except ValueError as error:
+        except Exception as error:  # its validation errors are of a type of its own
             raise InputError(
                 f"vllm {vllm_version()} refuses to write responses so: {_reason(error)}. Change responses.temperature, "
                 f"or use --engine transformers."
