@@ -1,7 +1,7 @@
 """The pilot of ``pipeline estimate``: sequences scored by the teacher into temporary caches, and a student on them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,11 +73,13 @@ class TimedTeacher:
         self.body_seconds += time.perf_counter() - self.started[-1]
         return states
 
-    def respond(self, batch: Sequence[TokenSequence], generation: Generation, seed: int) -> list[TokenSequence]:
+    def respond(
+        self, prompts: Sequence[TokenSequence], generation: Generation, seed: int
+    ) -> Iterator[list[TokenSequence]]:
         self.started.append(time.perf_counter())
-        responses = self._teacher.respond(batch, generation, seed)
+        responses = list(self._teacher.respond(prompts, generation, seed))
         self.generation_seconds += time.perf_counter() - self.started[-1]
-        return responses
+        yield from responses
 
 
 def score_pilot(

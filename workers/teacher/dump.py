@@ -208,13 +208,11 @@ class _Scoring:
 
     def _respond(self, generation: Generation, shard: int, prompts: list[TokenSequence]) -> list[TokenSequence]:
         responses: list[TokenSequence] = []
-        # A generated batch keeps its keys and values, so it is sized by the tokens it will have in the end.
-        sized = batches(prompts, self._plan.engine.tokens_per_batch, extra=generation.max_new_tokens)
-        for number, batch in enumerate(sized):
-            # One seed per batch of a shard: the same numbers whichever shards this process scores.
-            seed = generation.seed * 1_000_003 + shard * 1_009 + number
-            responses += self._teacher.respond(batch, generation, seed % 2**63)
-            self._advance(shard, len(batch))
+        # A seed of the shard's own: the same numbers whichever shards this process scores.
+        seed = (generation.seed * 1_000_003 + shard * 1_009) % 2**63
+        for some in self._teacher.respond(prompts, generation, seed):
+            responses += some
+            self._advance(shard, len(some))
         return responses
 
     def _look(self) -> set[int]:

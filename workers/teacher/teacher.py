@@ -1,6 +1,6 @@
 """What the dump needs of a teacher: final-norm hidden states at target positions, and the LM head above them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from workers.teacher.lm_head import LMHead
 
 
 class Teacher(Protocol):
-    """An engine with a loaded model. Sequences of one call form one batch, so the caller decides its composition."""
+    """An engine with a loaded model. The sequences of one call of ``hidden_states`` form one batch."""
 
     identity: TeacherIdentity
     engine: Engine
@@ -25,6 +25,11 @@ class Teacher(Protocol):
         """
         ...
 
-    def respond(self, batch: Sequence[TokenSequence], generation: Generation, seed: int) -> list[TokenSequence]:
-        """Let the teacher finish each prompt; the new tokens are the trained ones."""
+    def respond(
+        self, prompts: Sequence[TokenSequence], generation: Generation, seed: int
+    ) -> Iterator[list[TokenSequence]]:
+        """Let the teacher finish each prompt, any number of them; the new tokens are the trained ones.
+
+        Yields what is finished, some at a time. The same prompts and seed give the same responses.
+        """
         ...

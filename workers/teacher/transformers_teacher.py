@@ -1,7 +1,7 @@
 """The reference engine: a transformers model's body on padded batches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from cache_schema.manifest import Engine, Generation, TeacherIdentity
 from cache_schema.sequence import Positions, TokenSequence
 from workers.errors import InputError
+from workers.teacher.batches import batches
 from workers.teacher.checkpoint import (
     body_of,
     first_line,
@@ -91,7 +92,15 @@ class TransformersTeacher:
             raise not_finite(self._model, f"sequence {first.sequence_id.hex()}")
         return list(torch.split(hidden_ND, sizes))
 
-    def respond(self, batch: Sequence[TokenSequence], generation: Generation, seed: int) -> list[TokenSequence]:
+    def respond(
+        self, prompts: Sequence[TokenSequence], generation: Generation, seed: int
+    ) -> Iterator[list[TokenSequence]]:
+        # A generated batch keeps its keys and values, so it is sized by the tokens it will have in the end.
+        sized = batches(prompts, self.engine.tokens_per_batch, extra=generation.max_new_tokens)
+        for number, batch in enumerate(sized):
+            yield self._respond(batch, generation, (seed + number) % 2**63)
+
+    def _respond(self, batch: Sequence[TokenSequence], generation: Generation, seed: int) -> list[TokenSequence]:
         longest = max(prompt.num_tokens for prompt in batch)
         input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
         attention_mask = torch.zeros_like(input_ids)
