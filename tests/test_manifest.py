@@ -54,6 +54,7 @@ PLAN_JSON = """{
     "device": "cpu",
     "num_threads": 2,
     "tokens_per_batch": 4096,
+    "compiled": false,
     "tensor_parallel": 1,
     "pipeline_parallel": 1,
     "quantization": null,
