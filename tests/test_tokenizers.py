@@ -159,3 +159,18 @@ def test_a_token_that_one_of_them_lacks_is_named_as_nothing():
 def test_the_same_tokens_merged_otherwise_are_refused():
     with pytest.raises(CacheMismatchError, match=r"splits text into them otherwise .*merges differs"):
         check_same_vocabulary(tiny_tokenizer(), with_model(merges=[]))
+
+
+@pytest.mark.parametrize("by", ["folder", "again"])
+def test_what_is_saved_of_a_tokenizer_does_not_say_how_it_was_found(tmp_path, monkeypatch, by):
+    tiny_tokenizer().save_pretrained(tmp_path / "given")
+    saved = []
+    for offline in (True, False):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        tokenizer = load_tokenizer(str(tmp_path / "given"))
+        assert "local_files_only" not in tokenizer.init_kwargs
+        tokenizer.save_pretrained(tmp_path / str(offline))
+        if by == "again":
+            load_tokenizer(str(tmp_path / str(offline))).save_pretrained(tmp_path / str(offline))
+        saved.append({path.name: path.read_bytes() for path in (tmp_path / str(offline)).iterdir()})
+    assert saved[0] == saved[1]

@@ -47,6 +47,9 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
             f"{path} holds no tokenizer files: copy tokenizer.json and tokenizer_config.json from the model they "
             "belong to"
         )
+    # How it was found is no part of it, and would be saved with it: a cache's bytes must not depend on HF_HUB_OFFLINE.
+    for key in ("local_files_only", "is_local"):
+        tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
