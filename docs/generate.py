@@ -235,6 +235,8 @@ def _type(annotation: Any, metadata: list[Any] | None = None) -> str:
     if get_origin(annotation) is tuple:
         inner = [_type(item) for item in get_args(annotation) if item is not Ellipsis]
         return (f"list of {inner[0]}" if get_args(annotation)[-1] is Ellipsis else f"pair of {inner[0]}") + bounds
+    if get_origin(annotation) is dict:
+        return f"table of {_type(get_args(annotation)[1])}" + bounds
     return {int: "integer", float: "float", bool: "boolean", str: "string"}[annotation] + bounds
 
 

@@ -9,6 +9,7 @@ import typer
 
 from pipeline.cli_cache import compact, estimate, inspect, teacher_dump, verify
 from pipeline.cli_student import distill, evaluate, losses
+from pipeline.stopping import TERMINATED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +38,6 @@ def main() -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
     except SystemExit as stop:
-        if stop.code == _INTERRUPTED:
+        if stop.code in (_INTERRUPTED, TERMINATED):
             typer.echo("interrupted; finished work is kept: run it again to go on (distill: with --resume)", err=True)
         raise

@@ -1,5 +1,6 @@
 """The commands on caches: estimate, teacher-dump, inspect, verify, compact."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +83,19 @@ def teacher_dump(
     positions: Annotated[str | None, typer.Option(help="response (default) or all.")] = None,
     responses: Annotated[str | None, typer.Option(help="dataset (default), or teacher: let it write them.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: the checkpoint's]")] = None,
+    engine: Annotated[str | None, typer.Option(help="transformers (default), or vllm.")] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="With --engine vllm: GPUs that share each layer. [default: 1]")
+    ] = None,
+    pipeline_parallel: Annotated[
+        int | None, typer.Option(help="With --engine vllm: groups of GPUs with a part of the layers. [default: 1]")
+    ] = None,
     device: Device = None,
+    worker: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Of several. [default: as torchrun, Slurm or Kubernetes say]")
+    ] = None,
+    launcher: Annotated[str | None, typer.Option(help="Start the workers: processes of this machine, or ray.")] = None,
+    workers: Annotated[int | None, typer.Option(help="With --launcher: how many.")] = None,
     limit: Annotated[int | None, typer.Option(help="Read this many rows at most.")] = None,
     config: ConfigFile = None,
     settings: Settings = None,
@@ -96,8 +109,11 @@ def teacher_dump(
     Example: pipeline teacher-dump --teacher ./teacher --data train.jsonl --out caches/train
     """
     from pipeline.config import build_config
+    from pipeline.launch import launch
+    from pipeline.stopping import tidy_on_sigterm
     from pipeline.teacher_dump import expected_size, prepare, run
     from pipeline.words import dump_in_words, size_in_words
+    from pipeline.worker import this_worker
     from workers.teacher.config import DumpConfig
 
     flags = {
@@ -112,17 +128,31 @@ def teacher_dump(
         "cache.hidden_dtype": hidden_dtype,
         "cache.positions": positions,
         "responses.source": responses,
+        "engine.name": engine,
+        "engine.tensor_parallel": tensor_parallel,
+        "engine.pipeline_parallel": pipeline_parallel,
         "engine.device": device,
+        "worker.launcher": launcher,
+        "worker.count": workers,
     }
     settled = build_config(DumpConfig, config, settings or [], flags)
+    if worker is not None and settled.worker.launcher is not None:
+        raise typer.BadParameter(
+            "a launcher numbers its workers itself: give --worker or --launcher", param_hint="--worker"
+        )
+    this = this_worker(worker, settled.worker.lease_seconds, os.environ)
     cache_dir = required(out, "--out", "the cache directory to make")
-    prepared = prepare(settled, cache_dir)
+    prepared = prepare(settled)
     size = expected_size(prepared)
     if dry_run:
         show(size, json_output, lambda: size_in_words(size))
         return
     typer.echo(size_in_words(size), err=True)
-    facts = run(prepared, settled, cache_dir)
+    with tidy_on_sigterm():
+        if settled.worker.launcher is None:
+            facts = run(prepared, settled, cache_dir, this)
+        else:
+            facts = launch(prepared, settled, cache_dir)
     show(facts, json_output, lambda: dump_in_words(cache_dir, facts))
 
 

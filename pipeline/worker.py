@@ -34,20 +34,20 @@ def _from_environment(environment: Mapping[str, str]) -> tuple[int, int]:
     if "RANK" in environment and "WORLD_SIZE" in environment:
         found = number("RANK"), number("WORLD_SIZE")
     elif "SLURM_JOB_ID" in environment:
-        # Tasks of one srun, in each job of an array; either alone is the other with one member.
-        tasks, task = number("SLURM_NTASKS", 1), number("SLURM_PROCID", 0)
+        # Tasks of one srun, in each job of an array; either alone is the other with one member. A batch script that
+        # starts no srun is one process, however many tasks it might start.
+        in_step = "SLURM_STEP_ID" in environment
+        task, tasks = (number("SLURM_PROCID", 0), number("SLURM_NTASKS", 1)) if in_step else (0, 1)
         first, step = number("SLURM_ARRAY_TASK_MIN", 0), number("SLURM_ARRAY_TASK_STEP", 1)
         job = (number("SLURM_ARRAY_TASK_ID", first) - first) // max(step, 1)
-        # A batch script that starts no srun is one process, however many tasks it might start.
-        tasks = tasks if "SLURM_STEP_ID" in environment else 1
-        found = job * tasks + task % tasks, number("SLURM_ARRAY_TASK_COUNT", 1) * tasks
+        found = job * tasks + task, number("SLURM_ARRAY_TASK_COUNT", 1) * tasks
     elif "JOB_COMPLETION_INDEX" in environment:
         # Kubernetes says which one, not of how many; the number only spreads the workers over the shards.
         index = number("JOB_COMPLETION_INDEX")
         found = index, index + 1
     else:
         found = 0, 1
-    if found[0] >= found[1]:
+    if not 0 <= found[0] < found[1]:
         raise InputError(
             f"the environment says that this is worker {found[0]} of {found[1]}, counted from 0: give --worker I/N."
         )
