@@ -30,7 +30,8 @@ from cache_schema.sequence import SampledRows
 HIDDEN_COLUMN = "hidden_states"
 ROW_SCALE_COLUMN = "row_scale"
 RESIDUAL_COLUMN = "residuals"
-SCALAR_COLUMNS = ("tail_logsumexp", "label_logit", "row_mean", "row_std")
+LABEL_COLUMN = "label_logit"
+SCALAR_COLUMNS = ("tail_logsumexp", LABEL_COLUMN, "row_mean", "row_std")
 DRAW_COLUMNS = ("num_ids", "token_ids", "counts")
 # numpy has no bfloat16: its 16 bits travel as an unsigned integer.
 HIDDEN_NUMPY_DTYPES = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
@@ -49,7 +50,9 @@ def logit_columns(plan: Plan) -> tuple[str, ...]:
 
 def scalar_columns(plan: Plan) -> tuple[str, ...]:
     """Columns that hold one number a position, or one a temperature."""
-    return () if plan.sampling else SCALAR_COLUMNS
+    if plan.sampling:
+        return ()
+    return (LABEL_COLUMN,) if plan.logits_alone else SCALAR_COLUMNS
 
 
 def shard_schema(plan: Plan) -> pa.Schema:

@@ -64,7 +64,11 @@ def _fault_in_top_k(rows: TopKRows, labels: npt.NDArray[np.int32], plan: Plan) -
     expected = (len(labels), plan.top_k)
     shapes: dict[str, tuple[int, ...]] = {"token_ids": expected, "logits": expected}
     shapes["tail_logsumexp"] = (expected[0], len(plan.temperatures))
-    shapes |= dict.fromkeys(("label_logit", "row_mean", "row_std"), expected[:1])
+    moments = [name for name in ("row_mean", "row_std") if getattr(rows, name) is not None]
+    if bool(moments) == plan.logits_alone or len(moments) == 1:
+        return f"row_mean and row_std are {'there' if moments else 'missing'}, the plan says otherwise"
+    numbers = ["label_logit", *moments]
+    shapes |= dict.fromkeys(numbers, expected[:1])
     for name, shape in shapes.items():
         if getattr(rows, name).shape != shape:
             return f"{name} is {getattr(rows, name).shape}, the plan and the mask say {shape}"
@@ -74,7 +78,7 @@ def _fault_in_top_k(rows: TopKRows, labels: npt.NDArray[np.int32], plan: Plan) -
     ordered = np.sort(rows.token_ids, axis=1)
     if (ordered[:, 1:] == ordered[:, :-1]).any():
         return "a token id stands twice in one position"
-    for name in ("logits", "label_logit", "row_mean", "row_std"):
+    for name in ("logits", *numbers):
         if not np.isfinite(getattr(rows, name)).all():
             return f"{name} is not finite"
     # With K = V the tail is empty and its log-sum-exp is -inf; anything else must be a number.

@@ -14,9 +14,9 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
-from cache_schema.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError, StorageError
+from cache_schema.errors import CacheCorruptError, CacheIncompleteError, CacheMismatchError
 from cache_schema.sequence import Positions
-from cache_schema.storage import publish_text
+from cache_schema.storage import publish_first, publish_text, unreadable
 
 FORMAT_VERSION = 1
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -94,6 +94,9 @@ class Engine(Stored):
     """Devices the layers are dealt out to."""
     quantization: str | None = None
     """vLLM's name of what it made of the weights while loading; None: nothing, they are the checkpoint's."""
+    logits: Literal["head", "engine"] = "head"
+    """``head``: made of hidden states with the checkpoint's LM head. ``engine``: vLLM's own, of the leading ids and the
+    label alone."""
     versions: dict[str, str]
 
 
@@ -160,10 +163,15 @@ class Plan(Stored):
     logit_step: float = Field(ge=0)
     """Grid of the stored logits in nats: each is within half a step of the truth. 0 stores float32."""
     temperatures: tuple[float, ...]
-    """Where ``tail_logsumexp`` is stored."""
+    """Where ``tail_logsumexp`` is stored; nowhere where ``logits_alone``."""
     hidden_states: HiddenStates | None
     num_sequences: int = Field(ge=1)
     sequences_per_shard: int = Field(ge=1)
+
+    @property
+    def logits_alone(self) -> bool:
+        """Whether the engine gave no more of a row than leading logits and the label's: no tails, no moments."""
+        return self.engine.logits == "engine"
 
     @property
     def num_shards(self) -> int:
@@ -180,6 +188,16 @@ class Plan(Stored):
             raise ValueError("top_k is 0 in a cache without sampling: at least one logit of a position is stored")
         if self.sampling is not None and (self.top_k, self.logit_step, self.temperatures) != (0, 0, ()):
             raise ValueError("sampling stores no logits: top_k and logit_step must be 0, and temperatures empty")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_that_takes_a_whole_row(self) -> Self:
+        if self.logits_alone and (self.engine.name, self.sampling, self.temperatures, self.hidden_states) != (
+            "vllm", None, (), None,
+        ):  # fmt: skip
+            raise ValueError(
+                "logits of the engine's own are vllm's, and come without sampling, temperatures and hidden states"
+            )
         return self
 
 
@@ -237,7 +255,16 @@ StoredModel = TypeVar("StoredModel", bound=Stored)
 
 
 def write_json(path: Path, model: Stored) -> None:
-    publish_text(path, model.model_dump_json(indent=2) + "\n")
+    publish_text(path, _to_json(model))
+
+
+def write_json_first(path: Path, model: Stored) -> None:
+    """The same, unless the file is there by then."""
+    publish_first(path, _to_json(model))
+
+
+def _to_json(model: Stored) -> str:
+    return model.model_dump_json(indent=2) + "\n"
 
 
 def read_json(path: Path, model: type[StoredModel]) -> StoredModel:
@@ -252,7 +279,7 @@ def read_json(path: Path, model: type[StoredModel]) -> StoredModel:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise unreadable(path, error) from error
     try:
         document: Any = json.loads(raw)
         _check_version(path, document)

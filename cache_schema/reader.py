@@ -43,6 +43,7 @@ from cache_schema.sequence import SEQUENCE_ID_BYTES, ScoredSequence, TokenSequen
 
 _GROUPS_KEPT = 64
 _FILES_KEPT = 64
+_NO_TAILS = np.empty(0, dtype=np.float32)
 
 
 class CacheReader(Sequence[ScoredSequence]):
@@ -262,7 +263,7 @@ class CacheReader(Sequence[ScoredSequence]):
         rows = TopKRows(
             token_ids=values["token_ids"].reshape(num_positions, plan.top_k),
             logits=logits,
-            tail_logsumexp=values["tail_logsumexp"].reshape(num_positions, len(plan.temperatures)),
+            tail_logsumexp=values.get("tail_logsumexp", _NO_TAILS).reshape(num_positions, len(plan.temperatures)),
             **scalars,
         )
         return ScoredSequence(sequence, rows, hidden_states=None)

@@ -62,14 +62,17 @@ class TokenSequence:
 
 @dataclass(frozen=True, eq=False)
 class TopKRows:
-    """What a cache stores of the teacher's row at P positions, K ids each, tails at R temperatures."""
+    """What a cache stores of the teacher's row at P positions, K ids each, tails at R temperatures.
+
+    R is 0 and the moments are None where the engine gave logits alone.
+    """
 
     token_ids: npt.NDArray[np.int32]  # [P, K], in the order (-logit, id) of the unrounded logits
     logits: npt.NDArray[np.float32]  # [P, K], raw, at temperature 1
     tail_logsumexp: npt.NDArray[np.float32]  # [P, R], log-sum-exp of logit/T over the ids not stored
     label_logit: npt.NDArray[np.float32]  # [P], of the token that follows
-    row_mean: npt.NDArray[np.float32]  # [P], over the vocabulary
-    row_std: npt.NDArray[np.float32]  # [P], unbiased
+    row_mean: npt.NDArray[np.float32] | None = None  # [P], over the vocabulary
+    row_std: npt.NDArray[np.float32] | None = None  # [P], unbiased
 
     @property
     def num_positions(self) -> int:

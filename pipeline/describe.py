@@ -76,6 +76,7 @@ def describe(cache_dir: Path, lookups: Path | None = None) -> dict[str, Any]:
         ),
         "max_logit_error": None if plan.sampling else plan.logit_step / 2,
         "temperatures": list(plan.temperatures),
+        "engine": {"name": plan.engine.name, "logits": plan.engine.logits},
         "teacher": {
             "name": plan.teacher.name,
             "fingerprint": plan.teacher.fingerprint,
@@ -123,9 +124,10 @@ def _rows_in_words(facts: dict[str, Any]) -> tuple[str, str]:
     if facts["sampling"]:
         draws, seed = facts["sampling"]["draws"], facts["sampling"]["seed"]
         return f"{draws:,} draws from each softmax, seed {seed}", f"{num_bytes} B ids and counts"
+    temperatures = ", ".join(f"{t:g}" for t in facts["temperatures"])
+    tails = f"tails at T = {temperatures}" if temperatures else f"no tails ({facts['engine']['name']}'s own logits)"
     return (
-        f"top {facts['top_k']} logits within {facts['max_logit_error']:g} nat, tails at T = "
-        f"{', '.join(f'{t:g}' for t in facts['temperatures'])}",
+        f"top {facts['top_k']} logits within {facts['max_logit_error']:g} nat, {tails}",
         f"{num_bytes} B ids and logits, {facts['scalar_bytes_per_position']} B scalars",
     )
 

@@ -29,6 +29,7 @@ from workers.errors import InputError
 from workers.evaluate.misses import TOP_KS, mass_outside
 from workers.teacher.config import DumpConfig
 from workers.teacher.engines import open_teacher
+from workers.teacher.teacher import ScoringTeacher
 
 _HELD_OUT = 4
 """One pilot sequence in so many is kept from the student's training and counted: few sequences are soon known by heart,
@@ -58,6 +59,11 @@ def estimate(config: DumpConfig, intent: Intent) -> dict[str, Any]:
         raise InputError(
             "estimate measures what each K of a top-k costs and misses, and --sampling random stores draws: leave "
             "cache.sampling out, or see the size of the draws with `pipeline teacher-dump --sampling random --dry-run`."
+        )
+    if config.engine.logits == "engine":
+        raise InputError(
+            "estimate measures what lies outside each K, and engine.logits=engine gives no tails: leave it out, or see "
+            "the size of the cache with `pipeline teacher-dump ... --dry-run`."
         )
     # The pilot keeps hidden states whatever the dump is to keep: they are half of the question.
     config = config.model_copy(update={"cache": config.cache.model_copy(update={"hidden_states": True})})
@@ -110,6 +116,7 @@ def _choose(prepared: Prepared, intent: Intent) -> tuple[list[int], list[int]]:
 def _score(config: DumpConfig, prepared: Prepared, trained: list[int], held_out: list[int], folder: Path) -> Pilot:
     """The teacher is in memory for as long as this takes, and gone before a student comes."""
     with open_teacher(config.teacher.model, prepared.plan, config.engine, prepared.device) as teacher:
+        assert not isinstance(teacher, ScoringTeacher)
         return score_pilot(prepared, trained, held_out, teacher, folder)
 
 

@@ -32,7 +32,7 @@ from workers.teacher.dump import Progress, Worker, dump
 from workers.teacher.engines import open_teacher
 from workers.teacher.int8 import num_residual_channels
 from workers.teacher.sequences import TokenizedData, read_sequences
-from workers.teacher.vllm_teacher import vllm_version
+from workers.teacher.vllm_engine import vllm_version
 from workers.tokenizers import chat_template_fingerprint, load_tokenizer, tokenizer_fingerprint, vocab_size
 
 # Bytes an id and a logit take together in a shard, measured on instruction text; for the size said before the dump.
@@ -70,7 +70,10 @@ def prepare(config: DumpConfig) -> Prepared:
         sampling = Sampling(draws=config.cache.draws, seed=config.cache.sample_seed)
     elif config.cache.top_k > vocabulary:
         raise InputError(f"--top-k {config.cache.top_k} is more than the vocabulary of {vocabulary}: lower it.")
-    max_tokens = _max_tokens(config, context_length(directory))
+    logits_alone = config.engine.logits == "engine"
+    context = context_length(directory)
+    # vLLM makes no logits without writing a token after the sequence.
+    max_tokens = _max_tokens(config, context - 1 if context and logits_alone else context)
     data = _read(config, tokenizer, max_tokens)
     identity = identity_of(config.teacher.model, config.teacher.dtype)
     hidden = None
@@ -100,7 +103,7 @@ def prepare(config: DumpConfig) -> Prepared:
         sampling=sampling,
         top_k=0 if sampling else config.cache.top_k,
         logit_step=0.0 if sampling else config.cache.logit_step,
-        temperatures=() if sampling else config.cache.temperatures,
+        temperatures=() if sampling or logits_alone else config.cache.temperatures,
         hidden_states=hidden,
         num_sequences=len(data.sequences),
         sequences_per_shard=config.cache.sequences_per_shard,
@@ -157,7 +160,7 @@ def expected_size(prepared: Prepared) -> dict[str, Any]:
 
 def _row_bytes_per_position(plan: Plan) -> float:
     if plan.sampling is None:
-        return plan.top_k * _BYTES_PER_ENTRY + 4 * _SCALARS
+        return plan.top_k * _BYTES_PER_ENTRY + 4 * (1 if plan.logits_alone else _SCALARS)
     num_ids: float = _IDS_OF_50_DRAWS * (plan.sampling.draws / 50) ** _IDS_BY_DRAWS
     return min(num_ids, plan.sampling.draws, plan.tokenizer.vocab_size) * _BYTES_PER_DRAWN_ID
 
@@ -175,9 +178,10 @@ def _max_tokens(config: DumpConfig, context: int | None) -> int:
     if asked is None:
         return min(_DEFAULT_MAX_TOKENS, context or _DEFAULT_MAX_TOKENS)
     if context and asked > context:
+        beside = " beside the one that engine.logits=engine takes" if config.engine.logits == "engine" else ""
         raise InputError(
-            f"data.max_tokens={asked} is more than the {context} positions {config.teacher.model} can read: give "
-            f"--set data.max_tokens={context}."
+            f"data.max_tokens={asked} is more than the {context} positions {config.teacher.model} can read{beside}: "
+            f"give --set data.max_tokens={context}."
         )
     return asked
 
@@ -233,5 +237,6 @@ def _engine(config: DumpConfig, device: torch.device) -> Engine:
         tensor_parallel=config.engine.tensor_parallel,
         pipeline_parallel=config.engine.pipeline_parallel,
         quantization=config.engine.quantization,
+        logits=config.engine.logits,
         versions=versions,
     )

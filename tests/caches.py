@@ -39,8 +39,14 @@ def make_plan(
     num_sequences=7,
     sequences_per_shard=4,
     sampling=None,
+    logits="head",
 ):
-    """Return a plan; one with ``sampling`` has no top-k, whatever the other settings say."""
+    """Return a plan; one with ``sampling`` has no top-k, whatever the other settings say.
+
+    One of the engine's own logits has neither tails nor hidden states.
+    """
+    if logits == "engine":
+        temperatures, hidden_dtype = (), None
     return Plan(
         teacher=TeacherIdentity(
             name="tiny/teacher",
@@ -61,7 +67,12 @@ def make_plan(
         ),
         responses=None,
         engine=Engine(
-            name="transformers", device="cpu", num_threads=2, tokens_per_batch=4096, versions={"torch": "2.0.0"}
+            name="transformers" if logits == "head" else "vllm",
+            device="cpu",
+            num_threads=2,
+            tokens_per_batch=4096,
+            logits=logits,
+            versions={"torch": "2.0.0"},
         ),
         positions=positions,
         sampling=sampling,
@@ -99,8 +110,8 @@ def make_scored(plan, rng, num_tokens=None, scale=8.0):
             logits=np.take_along_axis(logits, top, axis=1),
             tail_logsumexp=_logsumexp(np.take_along_axis(logits, rest, axis=1), plan.temperatures),
             label_logit=logits[np.arange(len(targets)), sequence.input_ids[targets + 1]],
-            row_mean=logits.mean(axis=1),
-            row_std=logits.std(axis=1, ddof=1),
+            row_mean=None if plan.logits_alone else logits.mean(axis=1),
+            row_std=None if plan.logits_alone else logits.std(axis=1, ddof=1),
         ),
         _hidden_states(plan, rng, len(targets)),
     )

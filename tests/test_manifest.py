@@ -58,6 +58,7 @@ PLAN_JSON = """{
     "tensor_parallel": 1,
     "pipeline_parallel": 1,
     "quantization": null,
+    "logits": "head",
     "versions": {
       "torch": "2.0.0"
     }

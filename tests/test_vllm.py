@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from cache_schema import CacheReader
 from cache_schema.manifest import Engine, Generation
@@ -26,7 +26,10 @@ from tests.tiny_models import save_tiny_llama, save_tiny_model
 from workers.errors import InputError
 from workers.teacher.checkpoint import identity_of
 from workers.teacher.transformers_teacher import TransformersTeacher
-from workers.teacher.vllm_teacher import VllmTeacher, vllm_version
+from workers.teacher.vllm_engine import vllm_version
+from workers.teacher.vllm_responses import WRITES
+from workers.teacher.vllm_scoring import VllmScoringTeacher
+from workers.teacher.vllm_teacher import HIDDEN_STATES, VllmTeacher
 from workers.tokenizers import load_tokenizer, vocab_size
 
 ROOT = Path(__file__).parent.parent
@@ -70,11 +73,14 @@ def open_vllm():
     """Opens teachers; all are closed together, at the end of the test."""
     with ExitStack() as opened:
 
-        def open_teacher(folder, *, dtype=None, max_tokens=128, vocab_size=VOCAB, tokens_per_batch=4096, **settings):
-            teacher = VllmTeacher(
+        def open_teacher(
+            folder, *, logits="head", dtype=None, max_tokens=128, vocab_size=VOCAB, tokens_per_batch=4096, **settings
+        ):
+            kind = VllmTeacher if logits == "head" else VllmScoringTeacher
+            teacher = kind(
                 str(folder),
                 identity_of(str(folder), dtype),
-                engine(tokens_per_batch),
+                engine(tokens_per_batch, logits=logits),
                 vocab_size=vocab_size,
                 device=CPU,
                 max_tokens=max_tokens,
@@ -175,14 +181,9 @@ def test_hidden_states_have_the_compute_dtype(open_vllm, models):
 
 @marked()
 def test_the_self_check_refuses_what_is_not_this_model_s_final_norm_output(open_vllm, models, tmp_path):
-    from vllm.config import PoolerConfig
-
     teacher, batch = open_vllm(models["llama"]), random_sequences(3, longest=40)
     right, other = teacher._scoring, open_vllm(save_tiny_llama(tmp_path / "other", tiny_tokenizer(), seed=1, **SHAPE))
-    normalising = teacher._open(
-        runner="pooling", pooler_config=PoolerConfig(task="token_embed"), hf_overrides={"head_dtype": "model"}
-    )
-    teacher._scoring = normalising
+    teacher._scoring = teacher._vllm.open(**HIDDEN_STATES | {"pooler_config": {"task": "token_embed"}})
     with pytest.raises(InputError, match="hidden states of length 1"):  # vLLM's default, with activation
         teacher.hidden_states(batch, "all")
     teacher._scoring = other._scoring
@@ -190,7 +191,6 @@ def test_the_self_check_refuses_what_is_not_this_model_s_final_norm_output(open_
         teacher.hidden_states(batch, "all")
     teacher._scoring = right
     teacher.hidden_states(batch, "all")
-    normalising.llm_engine.engine_core.shutdown()
 
 
 @marked()
@@ -242,6 +242,145 @@ def test_smollm2_says_what_the_reference_engine_says(open_vllm, tmp_path):
     assert furthest.max() <= 1e-3
     assert top_1.min() == 1
     assert shared.mean() >= 0.999
+
+
+# ---- the engine's own logits ----
+
+
+def rows_of(teacher, batch, positions="all", top_k=16):
+    """Ids and logits [N, K] and label logits [N] of all sequences."""
+    rows = teacher.top_k_rows(batch, positions, top_k)
+    return tuple(
+        torch.from_numpy(np.concatenate([getattr(one, name) for one in rows]))
+        for name in ("token_ids", "logits", "label_logit")
+    )
+
+
+@marked()
+@pytest.mark.parametrize("tokens_per_batch", [4096, 48])
+def test_its_own_logits_are_those_of_the_reference_engine(open_vllm, models, tokens_per_batch):
+    """At every position and at trained ones, whole and read in parts; 40 of the head's rows are of no token."""
+    batch = random_sequences(12, longest=128)
+    ours = open_vllm(models["qwen2"], logits="engine", tokens_per_batch=tokens_per_batch)
+    for positions in ("all", "response"):
+        expected_NV = logits(open_reference(models["qwen2"]), batch, positions)
+        ids_NK, logits_NK, label_N = rows_of(ours, batch, positions)
+        targets = [sequence.input_ids[sequence.target_rows(positions) + 1] for sequence in batch]
+        labels_N = torch.from_numpy(np.concatenate(targets)).long()
+        assert (logits_NK - expected_NV.gather(1, ids_NK.long())).abs().max() <= 1e-3
+        assert (logits_NK - expected_NV.topk(16).values).abs().max() <= 1e-3
+        assert (label_N - expected_NV.gather(1, labels_N.unsqueeze(1)).squeeze(1)).abs().max() <= 1e-3
+        assert torch.equal(ids_NK[:, 0].long(), expected_NV.argmax(1))
+
+
+def with_head(folder, out, change):
+    """A copy of a model whose head's weight is changed."""
+    model = AutoModelForCausalLM.from_pretrained(shutil.copytree(folder, out))
+    with torch.no_grad():
+        change(model.lm_head.weight)
+    model.save_pretrained(out)
+    return out
+
+
+@marked()
+def test_a_row_of_the_head_without_a_token_is_not_stored(open_vllm, models, tmp_path):
+    def raise_padding(weight_VD):
+        weight_VD[VOCAB:] = 3 * weight_VD[:40]  # higher than any token at most positions
+
+    folder, batch = with_head(models["qwen2"], tmp_path / "odd", raise_padding), random_sequences(8, longest=60)
+    expected_NV = logits(open_reference(folder), batch)
+    ids_NK, logits_NK, _ = rows_of(open_vllm(folder, logits="engine"), batch)
+    assert ids_NK.max() < VOCAB
+    assert (logits_NK - expected_NV.topk(16).values).abs().max() <= 1e-3
+
+
+@marked()
+def test_equal_logits_stand_by_id(open_vllm, models, tmp_path):
+    def repeat(weight_VD):
+        weight_VD.copy_(weight_VD[:64].repeat(6, 1))
+
+    folder, batch = with_head(models["llama"], tmp_path / "equal", repeat), random_sequences(8, longest=60)
+    ids_NK, logits_NK, _ = rows_of(open_vllm(folder, logits="engine"), batch)
+    group_NK = ids_NK % 64
+    assert (logits_NK[:, :6].amin(1) == logits_NK[:, :6].amax(1)).all()
+    # Two whole groups of six, and of the third the four lowest.
+    for first, size in ((0, 6), (6, 6), (12, 4)):
+        assert (group_NK[:, first : first + size] == group_NK[:, first : first + 1]).all()
+        assert (ids_NK[:, first : first + size] == group_NK[:, first : first + 1] + 64 * torch.arange(size)).all()
+
+
+@marked()
+def test_the_self_check_refuses_what_are_not_this_model_s_logits(open_vllm, models, tmp_path):
+    teacher, batch = open_vllm(models["llama"], logits="engine"), random_sequences(3, longest=40)
+    right, other = teacher._llm, save_tiny_llama(tmp_path / "other", tiny_tokenizer(), seed=1, **SHAPE)
+    teacher._llm = teacher._vllm.open(**WRITES, logprobs_mode="raw_logprobs", max_logprobs=-1)
+    with pytest.raises(InputError, match="gives log-probabilities where raw logits are asked for"):
+        teacher.top_k_rows(batch, "all", 16)
+    teacher._llm = open_vllm(other, logits="engine")._llm
+    with pytest.raises(InputError, match="gives other logits than the transformers engine"):
+        teacher.top_k_rows(batch, "all", 16)
+    teacher._llm = right
+    teacher.top_k_rows(batch, "all", 16)
+
+
+OWN = ("--no-hidden-states", "--set", "engine.logits=engine")
+
+
+@marked()
+def test_a_cache_of_its_own_logits_is_that_of_the_head_but_for_whole_rows(models, numbers_file, tmp_path):
+    for name, options in (("own", OWN), ("twice", OWN), ("head", ("--no-hidden-states",))):
+        done = pipeline(*dump(models, numbers_file, tmp_path / name, *options, name="qwen2"))
+        assert done.code == 0, done.err
+    assert content(tmp_path / "own") == content(tmp_path / "twice")
+    own, head = CacheReader(tmp_path / "own"), CacheReader(tmp_path / "head")
+    assert own.plan.logits_alone
+    assert not own.lm_head_path.exists()
+    for ours, theirs in zip(own, head, strict=True):
+        assert ours.sequence.sequence_id == theirs.sequence.sequence_id
+        np.testing.assert_allclose(ours.rows.logits, theirs.rows.logits, atol=1e-3 + own.plan.logit_step)
+        np.testing.assert_allclose(ours.rows.label_logit, theirs.rows.label_logit, atol=1e-3)
+    assert pipeline("verify", tmp_path / "own", "--json").json["ok"]
+    student = ["--student", models["qwen2"], "--student-layers", "0,2", "--steps", 2, "--dtype", "float32", "--json"]
+    losses = [
+        pipeline(
+            "distill", "--cache", tmp_path / name, "--teacher", models["qwen2"], "--out", tmp_path / f"run-{name}",
+            *student,
+        ).json["loss"]
+        for name in ("own", "head")
+    ]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    refused = pipeline(*dump(models, numbers_file, tmp_path / "own", "--no-hidden-states", name="qwen2"))
+    assert refused.code == 1
+    assert "its engine.logits is engine, this command's is head" in " ".join(refused.err.split())
+
+
+@marked()
+def test_one_engine_writes_responses_and_gives_their_logits(models, numbers_file, tmp_path):
+    options = ["--responses", "teacher", "--set", "responses.max_new_tokens=16"]
+    for name, more in (("own", OWN), ("head", ("--no-hidden-states",))):
+        done = pipeline(*dump(models, numbers_file, tmp_path / name, *options, *more))
+        assert done.code == 0, done.err
+    own, head = CacheReader(tmp_path / "own"), CacheReader(tmp_path / "head")
+    for ours, theirs in zip(own, head, strict=True):
+        assert ours.sequence.input_ids.tolist() == theirs.sequence.input_ids.tolist()
+        np.testing.assert_allclose(ours.rows.label_logit, theirs.rows.label_logit, atol=1e-3)
+
+
+@marked()
+def test_a_sequence_leaves_room_for_the_token_that_vllm_writes_after_it(models, tmp_path):
+    """The tiny models read 256 tokens."""
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"prompt": "A ", "response": "one two three " * 90}) + "\n")
+    command = [
+        "teacher-dump", "--engine", "vllm", "--teacher", models["llama"], "--data", data, "--top-k", 8, *OWN,
+    ]  # fmt: skip
+    assert pipeline(*command, "--out", tmp_path / "cache").code == 0
+    reader = CacheReader(tmp_path / "cache")
+    assert reader.plan.dataset.max_tokens == 255
+    assert reader[0].sequence.num_tokens == 255
+    refused = pipeline(*command, "--out", tmp_path / "refused", "--set", "data.max_tokens=256")
+    assert refused.code == 1
+    assert "give --set data.max_tokens=255" in " ".join(refused.err.split())
 
 
 # ---- responses ----
@@ -405,7 +544,14 @@ def test_a_vllm_that_ignores_raw_logits_is_refused(teacher_dir, data_file, tmp_p
 
 @pytest.mark.parametrize(
     "setting",
-    ["tensor_parallel=2", "pipeline_parallel=2", "quantization=fp8", "memory_fraction=0.5", "self_check=false"],
+    [
+        "tensor_parallel=2",
+        "pipeline_parallel=2",
+        "quantization=fp8",
+        "memory_fraction=0.5",
+        "logits=engine",
+        "self_check=false",
+    ],
 )
 def test_a_key_of_vllm_means_nothing_to_another_engine(teacher_dir, data_file, tmp_path, setting):
     refused = pipeline(
@@ -437,10 +583,10 @@ def edited(cache_dir, out, edit):
 
 
 def test_a_cache_from_before_vllm_is_read(cache_dir, tmp_path):
-    keys = ("tensor_parallel", "pipeline_parallel", "quantization")
+    keys = ("tensor_parallel", "pipeline_parallel", "quantization", "logits")
     old = edited(cache_dir, tmp_path / "old", lambda engine: [engine.pop(key) for key in keys])
     found = CacheReader(old).plan.engine
-    assert [getattr(found, key) for key in keys] == [1, 1, None]
+    assert [getattr(found, key) for key in keys] == [1, 1, None, "head"]
     assert pipeline("verify", old, "--json").json["ok"]
 
 

@@ -124,6 +124,11 @@ def _check_temperature(reader: CacheReader, loss: str, temperature: float, key: 
     stored = reader.plan.temperatures
     if temperature in stored:
         return
+    if reader.plan.logits_alone:
+        raise InputError(
+            f"{loss} needs the teacher's log-sum-exp, and {reader.cache_dir} holds the engine's own logits without it: "
+            f"choose a loss that the stored top-k serves (t_ld, topk_kl), or dump without engine.logits=engine."
+        )
     dump = ",".join(f"{value:g}" for value in sorted({*stored, temperature}))
     other = f"give --set {key}={stored[0]:g}; or " if key else ""
     raise InputError(
@@ -144,11 +149,19 @@ def _check_misses(config: DistillConfig, reader: CacheReader, key: str, summand:
         logged = (
             f", and its log those of {log.num_with_hidden_states} of {len(reader)} sequences" if log.files() else ""
         )
-        bound = "" if rows else ", or --on-miss bound for an upper bound in their place"
+        alone = reader.plan.logits_alone
+        bound = "" if rows or alone else ", or --on-miss bound for an upper bound in their place"
+        again = "without engine.logits=engine and --no-hidden-states" if alone else "without --no-hidden-states"
         raise InputError(
             f"{key} {loss.name} needs {asks}, and {reader.cache_dir} has no hidden states{logged}. Give --teacher "
-            f"{reader.plan.teacher.name}{bound}; or dump again without --no-hidden-states (with --hidden-states); or "
+            f"{reader.plan.teacher.name}{bound}; or dump again {again} (with --hidden-states); or "
             f"choose a loss that the {_near(reader, key, summand)}."
+        )
+    if source == "bound" and reader.plan.logits_alone:
+        raise InputError(
+            f"--on-miss bound takes the teacher's log-sum-exp at temperature 1, and {reader.cache_dir} holds the "
+            f"engine's own logits without it: give --teacher {reader.plan.teacher.name}, or choose a loss that the "
+            f"{_near(reader, key, summand)}."
         )
     if rows and source == "live" and config.lookups.log == "logits":
         raise InputError(
@@ -162,7 +175,7 @@ def _near(reader: CacheReader, key: str, summand: Summand) -> str:
     plan = reader.plan
     if plan.sampling:
         return "draws serve (rskd)"
-    if summand.loss.tail_form is None:
+    if summand.loss.tail_form is None or plan.logits_alone:
         return "stored top-k serves (t_ld, topk_kl)"
     name, told = summand.loss.tail_form
     params = {**summand.parameters(plan.top_k, plan.tokenizer.vocab_size), **told}

@@ -62,6 +62,17 @@ class ScoredBatch:
         return [ScoredSequence(*parts) for parts in zip(self.sequences, rows, hidden, strict=True)]
 
 
+@dataclass(frozen=True)
+class RowsBatch:
+    """The same where the engine made the rows itself: they are on the host already."""
+
+    sequences: Sequence[TokenSequence]
+    rows: Sequence[TopKRows]
+
+    def to_host(self) -> list[ScoredSequence]:
+        return [ScoredSequence(*pair, hidden_states=None) for pair in zip(self.sequences, self.rows, strict=True)]
+
+
 def score_batch(plan: Plan, batch: Sequence[TokenSequence], states: Sequence[Tensor], head: LMHead) -> ScoredBatch:
     """Score the target rows of a batch in one call.
 

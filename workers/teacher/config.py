@@ -113,12 +113,15 @@ class EngineConfig(_Section):
     they are in the checkpoint, quantised or not."""
     memory_fraction: float = Field(0.8, gt=0, lt=1)
     """Share of each GPU's memory that vLLM takes; the rest is for the LM head and its logits."""
+    logits: Literal["head", "engine"] = "head"
+    """``head`` makes them of hidden states and the checkpoint's LM head; ``engine`` takes vLLM's own, of a model whose
+    hidden states vLLM does not give, or whose head cannot be read. There are no tails then, and no hidden states."""
     self_check: bool = True
     """Before the first batch is stored, hold vLLM against the final norm's weights and the transformers engine."""
 
     @model_validator(mode="after")
     def _nothing_of_vllm_elsewhere(self) -> Self:
-        of_vllm = ("tensor_parallel", "pipeline_parallel", "quantization", "memory_fraction", "self_check")
+        of_vllm = ("tensor_parallel", "pipeline_parallel", "quantization", "memory_fraction", "logits", "self_check")
         given = " and ".join(key for key in of_vllm if key in self.model_fields_set)
         if given and self.name != "vllm":
             raise ValueError(f"only --engine vllm (engine.name=vllm) reads {given}: give it too, or leave {given} out")
@@ -141,7 +144,7 @@ class WorkerConfig(_Section):
     """CPUs that Ray sets aside for each worker."""
     ray_gpus: float | None = Field(None, ge=0, allow_inf_nan=False)
     """GPUs for each worker; None is as many as its engine uses, and none where the cluster has none."""
-    ray_resources: dict[str, float] = {}
+    ray_resources: dict[str, float] | None = None
     """Other resources of the cluster that each worker takes, by name."""
 
     @model_validator(mode="after")
@@ -163,3 +166,23 @@ class DumpConfig(_Section):
     responses: ResponsesConfig = ResponsesConfig()
     engine: EngineConfig = EngineConfig()
     worker: WorkerConfig = WorkerConfig()
+
+    @model_validator(mode="after")
+    def _nothing_the_engine_does_not_give(self) -> Self:
+        if self.engine.logits == "head":
+            return self
+        if self.cache.sampling != "top-k":
+            raise ValueError(
+                "engine.logits=engine gives the leading logits alone, and --sampling random draws from whole rows: "
+                "leave one of them out"
+            )
+        if self.cache.hidden_states:
+            raise ValueError(
+                "engine.logits=engine gives no hidden states: give --no-hidden-states (cache.hidden_states=false) too"
+            )
+        if "temperatures" in self.cache.model_fields_set:
+            raise ValueError(
+                "engine.logits=engine gives the leading logits alone, and no tail at any temperature: leave "
+                "cache.temperatures out"
+            )
+        return self

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from cache_schema.errors import StorageError
 from cache_schema.leases import DEFAULT_SECONDS, LEASES_NAME, Lease, Leases
 from cache_schema.manifest import (
     LM_HEAD_NAME,
@@ -26,19 +27,20 @@ from cache_schema.manifest import (
     StoredFile,
     hidden_name,
     read_json,
+    read_manifest,
     receipt_name,
     shard_name,
-    write_json,
+    write_json_first,
 )
 from cache_schema.sequence import TokenSequence
 from cache_schema.storage import discard_leftovers, publish_directory
 from cache_schema.writer import stored_file
 from workers.teacher.background import BackgroundWriter
-from workers.teacher.batches import ScoredBatch, batches, score_batch
+from workers.teacher.batches import RowsBatch, ScoredBatch, batches, score_batch
 from workers.teacher.directory import finished_manifest, remaining_shards, shards_with_receipt, stored_plan
 from workers.teacher.int8 import measure_int8
 from workers.teacher.lm_head import save_head
-from workers.teacher.teacher import Teacher
+from workers.teacher.teacher import ScoringTeacher, Teacher
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,14 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
+Result = TypeVar("Result")
 
 
 def dump(
     cache_dir: Path,
     plan: Plan,
     sequences: Sequence[TokenSequence],
-    teacher: Teacher,
+    teacher: Teacher | ScoringTeacher,
     tokenizer: Any,
     report: Report | None = None,
     worker: Worker | None = None,
@@ -85,6 +88,7 @@ def dump(
 
     Args:
         sequences: in data set order; prompts alone where the plan lets the teacher respond.
+        teacher: one that scores where the plan has ``logits_alone``.
         report: called after every batch; finished shards count as done.
 
     Raises:
@@ -97,21 +101,23 @@ def dump(
     if finished is not None:
         return finished
     with Leases(cache_dir / LEASES_NAME, f"{worker.index}/{worker.count}", worker.lease_seconds) as leases:
-        with _turn(leases, "plan"):
-            plan = _begin(cache_dir, plan, sequences, teacher, tokenizer)
+        plan = _in_turn(leases, "plan", lambda: _begin(cache_dir, plan, sequences, teacher, tokenizer))
         with _threads(plan.engine.num_threads), BackgroundWriter(cache_dir, plan) as writer:
             _Scoring(cache_dir, plan, sequences, teacher, leases, writer, report).run(worker)
-        with _turn(leases, "manifest"):
-            return finished_manifest(cache_dir) or _commit(cache_dir, plan, leases)
+        return _in_turn(leases, "manifest", lambda: finished_manifest(cache_dir) or _commit(cache_dir, leases))
 
 
-@contextmanager
-def _turn(leases: Leases, name: str) -> Iterator[None]:
-    """What one worker does at a time."""
-    lease = leases.wait_for(name, lambda: False)
-    assert lease is not None
-    yield
-    lease.release()
+def _in_turn(leases: Leases, name: str, work: Callable[[], Result]) -> Result:
+    """What one worker does at a time; one that was paused and taken over meanwhile takes another turn."""
+    while True:
+        lease = leases.wait_for(name)
+        try:
+            return work()
+        except StorageError:
+            if not lease.is_lost():
+                raise
+        finally:
+            lease.release()
 
 
 @contextmanager
@@ -125,23 +131,32 @@ def _threads(num_threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _begin(cache_dir: Path, plan: Plan, sequences: Sequence[TokenSequence], teacher: Teacher, tokenizer: Any) -> Plan:
+def _begin(
+    cache_dir: Path,
+    plan: Plan,
+    sequences: Sequence[TokenSequence],
+    teacher: Teacher | ScoringTeacher,
+    tokenizer: Any,
+) -> Plan:
     """Write what comes before the shards, unless it is there: what cannot be stored shows now, not in the end."""
     for name in (PLAN_NAME, LM_HEAD_NAME, TOKENIZER_NAME):
         discard_leftovers(cache_dir / name)
     stored = stored_plan(cache_dir, plan)
-    if stored is None and plan.hidden_states and not plan.hidden_states.is_measured:
-        measured = plan.model_copy(update={"hidden_states": measure_int8(plan, sequences, teacher)})
-        # A worker that was paused meanwhile may find another one's plan.
-        stored, plan = stored_plan(cache_dir, plan), measured
     if stored is None:
-        write_json(cache_dir / PLAN_NAME, plan)
+        if plan.hidden_states and not plan.hidden_states.is_measured:
+            assert not isinstance(teacher, ScoringTeacher)
+            plan = plan.model_copy(update={"hidden_states": measure_int8(plan, sequences, teacher)})
+        # A worker that was paused meanwhile finds another one's, and follows it.
+        write_json_first(cache_dir / PLAN_NAME, plan)
+        stored = stored_plan(cache_dir, plan)
+        assert stored is not None
     if plan.hidden_states and not (cache_dir / LM_HEAD_NAME).exists():
+        assert not isinstance(teacher, ScoringTeacher)
         save_head(teacher.lm_head, cache_dir / LM_HEAD_NAME)
     if not (cache_dir / TOKENIZER_NAME).exists():
         with publish_directory(cache_dir / TOKENIZER_NAME) as temporary:
             tokenizer.save_pretrained(temporary)
-    return stored or plan
+    return stored
 
 
 class _Scoring:
@@ -152,7 +167,7 @@ class _Scoring:
         cache_dir: Path,
         plan: Plan,
         sequences: Sequence[TokenSequence],
-        teacher: Teacher,
+        teacher: Teacher | ScoringTeacher,
         leases: Leases,
         writer: BackgroundWriter,
         report: Report | None,
@@ -192,27 +207,37 @@ class _Scoring:
             discard_leftovers(self._cache_dir / name)
         self._mine[shard] = 0
         with self._writer.shard(shard, lease) as put:
-            for batch in self._score(shard):
+            for batch in self._score(shard, lease):
                 put(batch)
                 num_tokens = sum(sequence.num_tokens for sequence in batch.sequences)
                 self._leases.note(sequences=len(batch.sequences), tokens=num_tokens)
                 self._advance(shard, len(batch.sequences), scored_tokens=num_tokens)
 
-    def _score(self, shard: int) -> Iterator[ScoredBatch]:
+    def _score(self, shard: int, lease: Lease) -> Iterator[ScoredBatch | RowsBatch]:
+        """Score a shard batch by batch, and stop where its lease is lost: then it is another worker's."""
         plan, teacher = self._plan, self._teacher
         members = [self._sequences[index] for index in plan.shard_range(shard)]
         if plan.responses is not None:
-            members = self._respond(plan.responses, shard, members)
+            members = self._respond(plan.responses, shard, members, lease)
         for batch in batches(members, plan.engine.tokens_per_batch):
-            yield score_batch(plan, batch, teacher.hidden_states(batch, plan.positions), teacher.lm_head)
+            if lease.is_lost():
+                return
+            if isinstance(teacher, ScoringTeacher):
+                yield RowsBatch(batch, teacher.top_k_rows(batch, plan.positions, plan.top_k))
+            else:
+                yield score_batch(plan, batch, teacher.hidden_states(batch, plan.positions), teacher.lm_head)
 
-    def _respond(self, generation: Generation, shard: int, prompts: list[TokenSequence]) -> list[TokenSequence]:
+    def _respond(
+        self, generation: Generation, shard: int, prompts: list[TokenSequence], lease: Lease
+    ) -> list[TokenSequence]:
         responses: list[TokenSequence] = []
         # A seed of the shard's own: the same numbers whichever shards this process scores.
         seed = (generation.seed * 1_000_003 + shard * 1_009) % 2**63
         for some in self._teacher.respond(prompts, generation, seed):
             responses += some
             self._advance(shard, len(some))
+            if lease.is_lost():
+                break
         return responses
 
     def _look(self) -> set[int]:
@@ -239,17 +264,18 @@ def _lease_name(shard: int) -> str:
     return f"shard-{shard:05d}"
 
 
-def _commit(cache_dir: Path, plan: Plan, leases: Leases) -> Manifest:
+def _commit(cache_dir: Path, leases: Leases) -> Manifest:
     """Write the manifest, after which nothing of the cache changes."""
+    plan = read_json(cache_dir / PLAN_NAME, Plan)
     discard_leftovers(cache_dir / MANIFEST_NAME)
     manifest = Manifest(
         plan=plan,
         receipts=tuple(read_json(cache_dir / receipt_name(shard), Receipt) for shard in range(plan.num_shards)),
         files=_head_and_tokenizer(cache_dir, plan),
     )
-    write_json(cache_dir / MANIFEST_NAME, manifest)
+    write_json_first(cache_dir / MANIFEST_NAME, manifest)
     leases.remove_folder()
-    return manifest
+    return read_manifest(cache_dir)
 
 
 def _head_and_tokenizer(cache_dir: Path, plan: Plan) -> tuple[StoredFile, ...]:

@@ -1,8 +1,13 @@
-"""Is what an engine gives the final-norm hidden states of its checkpoint? Asked once, of the first batch.
+"""Is what an engine gives the final-norm hidden states of its checkpoint? Are its own logits logits? Asked once, of the
+first batch.
 
-Shape suffixes: N = positions, V = vocabulary, D = hidden size.
+Shape suffixes: N = positions, V = vocabulary, D = hidden size, K = leading ids.
 """
 
+import sys
+
+import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 from torch import Tensor
@@ -18,6 +23,8 @@ REFERENCE_TOKENS = 64
 """The transformers engine reads so many tokens of the shortest sequence: what follows changes no causal state."""
 
 _UNIT = 1e-2
+_ROUNDING = 1e-3
+"""Of a sum of probabilities made of float32 logarithms."""
 _NORMALISED = 0.05
 """How far the root mean square before the norm's gain may be from 1: half precision rounds each channel by 2**-9, and
 an epsilon takes a little from small states."""
@@ -55,9 +62,14 @@ def require_final_norm(hidden_ND: Tensor, norm: FinalNorm, what: str) -> None:
         )
 
 
+def is_quantised(engine: Engine, model_config: dict[str, object]) -> bool:
+    """Whether the checkpoint's weights are, or vLLM makes them so while it loads them."""
+    return bool(engine.quantization or model_config.get("quantization_config"))
+
+
 def reason_against_reference(teacher: TeacherIdentity, engine: Engine, model_config: dict[str, object]) -> str | None:
     """Why the transformers engine should not be asked for the same, or None."""
-    if engine.quantization or model_config.get("quantization_config"):
+    if is_quantised(engine, model_config):
         return "its weights are quantised"
     wanted = teacher.num_parameters * getattr(torch, teacher.dtype).itemsize
     free = psutil.virtual_memory().available
@@ -69,6 +81,30 @@ def reason_against_reference(teacher: TeacherIdentity, engine: Engine, model_con
     return None
 
 
+def say_not_compared(what: str, reason: str) -> None:
+    """Tell whoever started the dump which check it goes without."""
+    sys.stderr.write(f"self-check: logits of {what} are not compared with the transformers engine: {reason}\n")
+
+
+def reference_logits(
+    model: str, identity: TeacherIdentity, engine: Engine, sequence: TokenSequence, vocab_size: int
+) -> Tensor:
+    """The transformers engine's whole rows, on the CPU, at the first rows of a sequence. float32 [N, V]
+
+    Args:
+        sequence: its first REFERENCE_TOKENS are read.
+
+    Raises:
+        InputError: that engine cannot load the model, or a hidden state is not finite.
+    """
+    beginning = TokenSequence(
+        sequence.input_ids[:REFERENCE_TOKENS], sequence.loss_mask[:REFERENCE_TOKENS], sequence.source
+    )
+    reference = TransformersTeacher(model, identity, engine, vocab_size=vocab_size, device=torch.device("cpu"))
+    with torch.inference_mode():
+        return reference.lm_head.logits(reference.hidden_states([beginning], "all")[0])
+
+
 def require_reference(
     model: str,
     identity: TeacherIdentity,
@@ -78,28 +114,44 @@ def require_reference(
     head: LMHead,
     what: str,
 ) -> None:
-    """Refuse states whose logits are not those of the transformers engine on the CPU.
+    """Refuse states whose logits are not ``reference_logits``.
 
     Args:
-        sequence: its first REFERENCE_TOKENS are read.
-        hidden_ND: the engine's states at its first rows, at least as many.
+        hidden_ND: the engine's states at the sequence's first rows, at least REFERENCE_TOKENS where it has as many.
 
     Raises:
         InputError: they differ by more than rounding explains.
     """
-    cpu = torch.device("cpu")
-    beginning = TokenSequence(
-        sequence.input_ids[:REFERENCE_TOKENS], sequence.loss_mask[:REFERENCE_TOKENS], sequence.source
-    )
-    reference = TransformersTeacher(model, identity, engine, vocab_size=head.vocab_size, device=cpu)
+    expected_NV = reference_logits(model, identity, engine, sequence, head.vocab_size)
     with torch.inference_mode():
-        expected_NV = reference.lm_head.logits(reference.hidden_states([beginning], "all")[0])
-        given_NV = head.to(cpu).logits(hidden_ND[: len(expected_NV)].cpu())
+        given_NV = head.to(torch.device("cpu")).logits(hidden_ND[: len(expected_NV)].cpu())
     require_same_logits(given_NV, expected_NV, identity.dtype, what)
 
 
+def require_raw_logits(logits_NK: npt.NDArray[np.float32], num_ids: int, what: str) -> None:
+    """Refuse log-probabilities in the place of logits.
+
+    The K highest of V probabilities sum to 1 at most and to K / V at least. Logits need not, and hardly will in every
+    row.
+
+    Args:
+        logits_NK: the K highest of each row.
+        num_ids: the engine's own V, padding rows of the head included.
+
+    Raises:
+        InputError: they may be log-probabilities.
+    """
+    masses_N = np.exp(logits_NK.astype(np.float64)).sum(axis=1)
+    least = logits_NK.shape[1] / num_ids
+    if ((masses_N >= least * (1 - _ROUNDING)) & (masses_N <= 1 + _ROUNDING)).all():
+        raise InputError(
+            f"{what} gives log-probabilities where raw logits are asked for: use another vllm release, or "
+            f"engine.logits=head; --set engine.self_check=false leaves this check out."
+        )
+
+
 def require_same_logits(given_NV: Tensor, expected_NV: Tensor, dtype: str, what: str) -> None:
-    """Refuse logits that are further from the reference than ``tolerance_of``.
+    """Refuse logits, of all ids or of the same ones, that are further from the reference than ``tolerance_of``.
 
     Raises:
         InputError: with the difference.
