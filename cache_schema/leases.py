@@ -6,9 +6,11 @@ not changed for as long as it says itself, by the clock of whoever looks: clocks
 take over is to make the file of the next generation, which of several that try only one can.
 
 Leases spare work; they decide nothing about what is written. A worker that slept past its time finds out with
-``is_lost`` before it publishes, and what two workers publish in the instant between is the same bytes.
+``is_lost`` just before it publishes; should two publish in the instant between, they publish the same sequences, and
+the same bytes where the engine gives the same bytes twice.
 """
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -17,7 +19,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +27,14 @@ from types import TracebackType
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cache_schema.storage import refused
+from cache_schema.storage import refused, unreadable
 
 LEASES_NAME = "leases"
 DEFAULT_SECONDS = 60.0
 _BEATS_PER_LEASE = 6
 _FILE = re.compile(r"(?P<name>[A-Za-z0-9_-]+)\.lease-(?P<generation>\d+)")
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+"""What looking at a lease gives when it was released meanwhile, the last by another client of a network file system."""
 _SIZE = 512
 """Every lease has this many bytes, so that one write replaces all of it."""
 
@@ -69,30 +73,46 @@ class SeenLease:
 class Lease:
     """Held by this process; ``release`` when the work is done or given up."""
 
-    def __init__(self, leases: "Leases", name: str, generation: int, descriptor: int) -> None:
+    def __init__(self, leases: "Leases", name: str, generation: int, descriptor: int, *, is_locked: bool) -> None:
         self.name = name
         self._leases = leases
         self._generation = generation
         self._descriptor = descriptor
+        self._is_locked = is_locked
 
     def is_lost(self) -> bool:
         """Whether another worker thought this one dead and took over, or somebody removed the lease."""
-        place = self._leases.folder
-        mine, next_one = (place / _file_name(self.name, self._generation + more) for more in (0, 1))
-        return next_one.exists() or not mine.exists()
+        # The list of names comes first: to look at one name is answered from a network file system's memory.
+        return _newest(self._leases.folder).get(self.name) != self._generation or not self._is_mine()
 
     def release(self) -> None:
         self._leases.forget(self)
-        for generation in range(self._generation, -1, -1):
+        generations = [*([self._generation] if self._is_mine() else []), *range(self._generation - 1, -1, -1)]
+        for generation in generations:
             with suppress(OSError):
                 (self._leases.folder / _file_name(self.name, generation)).unlink()
         os.close(self._descriptor)
 
+    def write(self, record: LeaseRecord) -> None:
+        """Replace what the lease says; the lock of a file that has none must not be taken for a dead holder's."""
+        os.pwrite(
+            self._descriptor, _to_bytes(record if self._is_locked else record.model_copy(update={"machine": ""})), 0
+        )
+
     def beat(self, record: LeaseRecord) -> None:
         # A file system that refuses now may not at the next beat; if it goes on, the lease is lost, as it should be.
         with suppress(OSError):
-            os.pwrite(self._descriptor, _to_bytes(record), 0)
+            self.write(record)
             os.fsync(self._descriptor)
+
+    def _is_mine(self) -> bool:
+        """Whether the file of that name is the one this process made: names come again."""
+        try:
+            named = (self._leases.folder / _file_name(self.name, self._generation)).stat()
+        except OSError:
+            return False
+        made = os.fstat(self._descriptor)
+        return (named.st_dev, named.st_ino) == (made.st_dev, made.st_ino)
 
 
 class Leases:
@@ -160,14 +180,13 @@ class Leases:
                 return lease
         return None
 
-    def wait_for(self, name: str, is_done: Callable[[], bool]) -> Lease | None:
-        """Claim one name as soon as it is free; None when ``is_done`` says so first."""
-        while not is_done():
+    def wait_for(self, name: str) -> Lease:
+        """Claim one name as soon as it is free."""
+        while True:
             lease = self.claim([name])
             if lease is not None:
                 return lease
             time.sleep(self.poll_seconds)
-        return None
 
     def note(self, *, sequences: int, tokens: int) -> None:
         """Add to what the worker's leases say it has done."""
@@ -185,9 +204,10 @@ class Leases:
 
     def _beat(self) -> None:
         while not self._stopped.wait(self._seconds / _BEATS_PER_LEASE):
-            if self._was_asleep():
+            now = time.monotonic()
+            if now - self._last_beat > self._seconds / 2:
                 self._seen = {}
-            self._last_beat = time.monotonic()
+            self._last_beat = now
             record = self._current_record()
             with self._held_guard:
                 for lease in self._held:
@@ -213,38 +233,37 @@ class Leases:
             return None  # another was faster, or has just removed the empty directory
         except OSError as error:
             raise refused(path, error) from error
+        # Locked before it says whose it is. Where a file system has no locks, the heartbeat alone tells.
         try:
-            # Locked before it says whose it is. Where a file system has no locks, the heartbeat alone tells.
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.pwrite(descriptor, _to_bytes(self._current_record()), 0)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = True
+        except OSError:
+            is_locked = False
+        lease = Lease(self, name, generation, descriptor, is_locked=is_locked)
+        try:
+            lease.write(self._current_record())
         except OSError as error:
-            os.close(descriptor)
-            with suppress(OSError):
-                path.unlink()
+            lease.release()
             raise refused(path, error) from error
-        lease = Lease(self, name, generation, descriptor)
         with self._held_guard:
             self._held.append(lease)
         return lease
 
     def _is_abandoned(self, file_name: str) -> bool:
-        try:
-            raw = (self.folder / file_name).read_bytes()
-        except FileNotFoundError:
+        now = time.monotonic()
+        # If this process itself was stopped just now, others may have been too, and are to be given time.
+        was_asleep = now - self._last_beat > self._seconds / 2
+        raw = _read(self.folder / file_name)
+        if raw is None:
             return False  # released just now; the next look shows what there is
         record = _from_bytes(raw)  # None of half a beat, and of what a machine that lost power left
         if record and record.machine == self._record.machine and _holder_is_dead(self.folder / file_name):
             return True
-        seen, since = self._seen.get(file_name, (None, 0.0))
-        if seen != raw or self._was_asleep():
-            self._seen[file_name] = (raw, time.monotonic())
+        seen, since = self._seen.get(file_name, (None, now))
+        if seen != raw or was_asleep:
+            self._seen[file_name] = (raw, now)
             return False
-        return time.monotonic() - since >= (record.seconds if record else self._seconds)
-
-    def _was_asleep(self) -> bool:
-        """Whether this process itself was stopped just now: then others may have been too, and are to be given time."""
-        return time.monotonic() - self._last_beat > self._seconds / 2
+        return now - since >= (record.seconds if record else self._seconds)
 
 
 def leases_in(folder: Path) -> list[SeenLease]:
@@ -252,8 +271,9 @@ def leases_in(folder: Path) -> list[SeenLease]:
     machine, found = _machine(), []
     for name, generation in sorted(_newest(folder).items()):
         path = folder / _file_name(name, generation)
-        with suppress(FileNotFoundError):
-            record, age = _from_bytes(path.read_bytes()), time.time() - path.stat().st_mtime
+        record = _from_bytes(_read(path) or b"")
+        with suppress(OSError):  # released while one looks
+            age = time.time() - path.stat().st_mtime
             if record is not None:
                 dead = record.machine == machine and _holder_is_dead(path)
                 found.append(SeenLease(name, record, max(0.0, age), dead))
@@ -265,12 +285,24 @@ def _newest(folder: Path) -> dict[str, int]:
     newest: dict[str, int] = {}
     try:
         names = [path.name for path in folder.iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
-        return newest
+    except OSError as error:
+        if error.errno in _GONE:
+            return newest
+        raise unreadable(folder, error) from error
     for match in filter(None, map(_FILE.fullmatch, names)):
         name, generation = match["name"], int(match["generation"])
         newest[name] = max(generation, newest.get(name, 0))
     return newest
+
+
+def _read(path: Path) -> bytes | None:
+    """A lease's bytes; None where it is gone."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno in _GONE:
+            return None
+        raise unreadable(path, error) from error
 
 
 def _holder_is_dead(path: Path) -> bool:

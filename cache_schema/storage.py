@@ -61,7 +61,8 @@ def publish_directory(path: Path) -> Iterator[Path]:
 def discard_leftovers(path: Path) -> None:
     """Remove what killed processes left of ``path``, a file or a directory, under temporary names.
 
-    Call it with the directory's lock held: a living process may be about to rename what stands under such a name.
+    Call it with the directory's lock or the lease of what ``path`` holds: a living process may be about to rename what
+    stands under such a name. One that slept through its lease then fails to, and finds out why.
     """
     leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
     _remove(found for found in path.parent.iterdir() if leftover.fullmatch(found.name))
@@ -143,6 +144,28 @@ def publish_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def publish_first(path: Path, text: str) -> None:
+    """The same, unless the file is there by then: of several processes that try, one writes it and none replaces it."""
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        flush(temporary)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return
+        except OSError:  # a file system without hard links
+            if path.exists():
+                return
+            temporary.replace(path)
+        flush(path.parent)
+    except OSError as error:
+        raise refused(path, error) from error
+    finally:
+        _discard(temporary)
+
+
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's bytes.
 
@@ -153,7 +176,7 @@ def sha256_of(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise StorageError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise unreadable(path, error) from error
 
 
 def _temporary(path: Path) -> Path:
@@ -188,3 +211,8 @@ def refused(path: Path, error: BaseException) -> StorageError:
         f"{path} cannot be written: {reason}. Nothing was left under that name; free space or fix the permissions and "
         f"run the same command again, finished work is kept."
     )
+
+
+def unreadable(path: Path, error: OSError) -> StorageError:
+    """The file system's refusal to read."""
+    return StorageError(f"{path} cannot be read: {error.strerror or error}.")

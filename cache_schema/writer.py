@@ -1,6 +1,6 @@
 """Writes one shard: Parquet files first, the receipt last."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from cache_schema.encoding import (
 from cache_schema.invariants import fault_in_hidden, fault_in_rows
 from cache_schema.manifest import Plan, Receipt, StoredFile, hidden_name, receipt_name, shard_name, write_json
 from cache_schema.sequence import ScoredSequence
-from cache_schema.storage import publish, refused, sha256_of
+from cache_schema.storage import flush, publish, refused, sha256_of
 
 ROWS_PER_GROUP = 16
 """Sequences decoded together: enough for the compression, few enough for random access in training."""
@@ -54,13 +54,10 @@ class ShardWriter:
         self._plan = plan
         self._shard = shard
         self._publications = ExitStack()
+        self._temporaries: dict[str, Path] = {}
         self._writers: dict[str, pq.ParquetWriter] = {}
         self._pending: list[ScoredSequence] = []
         self._num_sequences = self._num_tokens = self._num_positions = 0
-
-    @property
-    def _names(self) -> list[str]:
-        return [shard_name(self._shard), *([hidden_name(self._shard)] if self._plan.hidden_states else [])]
 
     def __enter__(self) -> "ShardWriter":
         grid_columns = [name for name in logit_columns(self._plan) if name != "logits"]
@@ -116,23 +113,34 @@ class ShardWriter:
         else:
             self.abandon()
 
-    def publish(self) -> None:
-        """Give the files their names, then write the receipt."""
+    def publish(self, is_still_wanted: Callable[[], bool] | None = None) -> bool:
+        """Give the files their names, then write the receipt; returns whether it did.
+
+        Args:
+            is_still_wanted: asked when everything slow is done, just before the first file gets its name.
+        """
         try:
             expected = len(self._plan.shard_range(self._shard))
             if self._num_sequences != expected:
                 raise ValueError(f"shard {self._shard} got {self._num_sequences} sequences, the plan says {expected}")
             if self._pending:
                 self._write_group()
-            # Both files are complete before either gets its name.
+            # Both files are complete, on the disk and hashed before either gets its name.
             for name, writer in self._writers.items():
                 with self._writing(name):
                     writer.close()
+                    flush(self._temporaries[name])
+            with self._writing(shard_name(self._shard)):
+                receipt = self._receipt()
+            if is_still_wanted is not None and not is_still_wanted():
+                self.abandon()
+                return False
             self._publications.close()
-            write_json(self._cache_dir / receipt_name(self._shard), self._receipt())
+            write_json(self._cache_dir / receipt_name(self._shard), receipt)
         except BaseException:
             self.abandon()
             raise
+        return True
 
     def abandon(self) -> None:
         """Remove what was written."""
@@ -143,9 +151,9 @@ class ShardWriter:
         self._publications.__exit__(_Abandoned, abandoned, None)
 
     def _open(self, name: str, schema: pa.Schema, **options: Any) -> None:
-        temporary = self._publications.enter_context(publish(self._cache_dir / name))
+        self._temporaries[name] = self._publications.enter_context(publish(self._cache_dir / name))
         with self._writing(name):
-            self._writers[name] = pq.ParquetWriter(temporary, schema, **options)
+            self._writers[name] = pq.ParquetWriter(self._temporaries[name], schema, **options)
 
     def _write_group(self) -> None:
         self._write(shard_name(self._shard), _table(self._pending, self._plan))
@@ -163,7 +171,7 @@ class ShardWriter:
             raise refused(self._cache_dir / name, error) from error
 
     def _receipt(self) -> Receipt:
-        sizes = _column_bytes(self._cache_dir / shard_name(self._shard))
+        sizes = _column_bytes(self._temporaries[shard_name(self._shard)])
         return Receipt(
             shard=self._shard,
             num_sequences=self._num_sequences,
@@ -171,12 +179,13 @@ class ShardWriter:
             num_positions=self._num_positions,
             logits_bytes=sum(sizes[name] for name in logit_columns(self._plan)),
             scalar_bytes=sum(sizes[name] for name in scalar_columns(self._plan)),
-            files=tuple(stored_file(self._cache_dir, name) for name in self._names),
+            files=tuple(stored_file(self._cache_dir, name, path) for name, path in self._temporaries.items()),
         )
 
 
-def stored_file(cache_dir: Path, name: str) -> StoredFile:
-    path = cache_dir / name
+def stored_file(directory: Path, name: str, path: Path | None = None) -> StoredFile:
+    """What is said of a file of a directory; ``path`` is where it stands before it has its name."""
+    path = path or directory / name
     return StoredFile(name=name, num_bytes=path.stat().st_size, sha256=sha256_of(path))
 
 

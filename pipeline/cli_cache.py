@@ -140,7 +140,7 @@ def teacher_dump(
         raise typer.BadParameter(
             "a launcher numbers its workers itself: give --worker or --launcher", param_hint="--worker"
         )
-    this = this_worker(worker, settled.worker.lease_seconds, os.environ)
+    this = None if settled.worker.launcher else this_worker(worker, settled.worker.lease_seconds, os.environ)
     cache_dir = required(out, "--out", "the cache directory to make")
     prepared = prepare(settled)
     size = expected_size(prepared)
@@ -149,10 +149,7 @@ def teacher_dump(
         return
     typer.echo(size_in_words(size), err=True)
     with tidy_on_sigterm():
-        if settled.worker.launcher is None:
-            facts = run(prepared, settled, cache_dir, this)
-        else:
-            facts = launch(prepared, settled, cache_dir)
+        facts = run(prepared, settled, cache_dir, this) if this else launch(prepared, settled, cache_dir)
     show(facts, json_output, lambda: dump_in_words(cache_dir, facts))
 
 

@@ -1,4 +1,4 @@
-"""Progress bars on stderr with rate and time left; silent where stderr is no terminal."""
+"""Progress bars on stderr with rate and time left. Where stderr is no terminal, a dump says a line a minute."""
 
 import sys
 import time
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
 
     from workers.teacher.dump import Progress
+
+
+_SECONDS_PER_LINE = 60.0
 
 
 def say(text: str) -> None:
@@ -37,18 +40,30 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
 def dump_bar(label: str) -> Iterator[Callable[["Progress"], None]]:
     """The same for a dump: sequences and shards of all its workers, and this one's tokens a second."""
     started = time.monotonic()
+
+    def pace(progress: "Progress") -> str:
+        tokens = progress.tokens / max(time.monotonic() - started, 1e-9)
+        return f"{progress.shards}/{progress.num_shards} shards {tokens:,.0f} tokens/s"
+
     with _bars() as bars:
         if bars is None:
-            yield lambda progress: None
+            yield _lines(label, pace)
             return
         task = bars.add_task(label, total=None, rate="")
+        yield lambda progress: bars.update(task, completed=progress.done, total=progress.total, rate=pace(progress))
 
-        def advance(progress: "Progress") -> None:
-            pace = progress.tokens / max(time.monotonic() - started, 1e-9)
-            shown = f"{progress.shards}/{progress.num_shards} shards {pace:,.0f} tokens/s"
-            bars.update(task, completed=progress.done, total=progress.total, rate=shown)
 
-        yield advance
+def _lines(label: str, pace: Callable[["Progress"], str]) -> Callable[["Progress"], None]:
+    """For the log of a job: a line now and then."""
+    last = time.monotonic()
+
+    def advance(progress: "Progress") -> None:
+        nonlocal last
+        if time.monotonic() - last >= _SECONDS_PER_LINE:
+            last = time.monotonic()
+            say(f"{label}: {progress.done:,} of {progress.total:,}, {pace(progress)}")
+
+    return advance
 
 
 @contextmanager

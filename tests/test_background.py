@@ -11,7 +11,9 @@ import pytest
 
 from cache_schema.errors import StorageError
 from cache_schema.leases import Leases
+from cache_schema.manifest import Receipt, StoredFile, read_json
 from cache_schema.sequence import ScoredSequence
+from cache_schema.writer import ShardWriter, stored_file
 from tests.caches import make_plan, make_scoreds, with_rows
 from workers.teacher.background import BackgroundWriter
 
@@ -139,3 +141,48 @@ def test_no_more_than_a_few_batches_wait_for_the_disk(tmp_path: Path, leases: Le
     teacher.join(60)
     assert 1 <= num_given <= 4, "three that wait, and the one being written"
     assert names(tmp_path) == of_shard(0)
+
+
+# ---- paused, and taken over ----
+
+
+def taken_over(folder: Path, name: str) -> None:
+    """What a worker leaves that thought the holder dead, and has finished since."""
+    for path in folder.glob(f"{name}.lease-*"):
+        path.unlink()
+
+
+def test_a_worker_paused_while_its_files_are_hashed_changes_nothing_when_it_wakes(
+    tmp_path: Path, leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker's files of the shard may hold other last bits: its receipt must stay theirs."""
+    others = with_rows(SCOREDS[0], logits=SCOREDS[0].top_k_rows.logits - 1)
+
+    def paused(directory: Path, name: str, path: Path | None = None) -> StoredFile:
+        if not (tmp_path / "leases" / "over").exists():
+            (tmp_path / "leases" / "over").touch()
+            taken_over(tmp_path / "leases", "shard-0")
+            for leftover in tmp_path.glob(".shard-00000*"):
+                leftover.unlink()
+            with ShardWriter(tmp_path, PLAN, 0) as other:
+                for scored in (others, *SCOREDS[1:4]):
+                    other.append(scored)
+        return stored_file(directory, name, path)
+
+    monkeypatch.setattr("cache_schema.writer.stored_file", paused)
+    write(tmp_path, leases, {0: [Batch(SCOREDS[:4])]})
+    receipt = read_json(tmp_path / "shard-00000.json", Receipt)
+    assert [stored_file(tmp_path, file.name) for file in receipt.files] == list(receipt.files)
+    assert names(tmp_path) == of_shard(0)
+
+
+def test_what_is_given_of_a_shard_whose_lease_is_lost_is_dropped(tmp_path: Path, leases: Leases) -> None:
+    class Refused(Batch):
+        """Its temporary file went with the lease."""
+
+        def to_host(self) -> list[ScoredSequence]:
+            taken_over(tmp_path / "leases", "shard-0")
+            raise StorageError("Stale file handle")
+
+    write(tmp_path, leases, {0: [Batch(SCOREDS[:1]), Refused([]), Batch(SCOREDS[1:4])], 1: [Batch(SCOREDS[4:])]})
+    assert names(tmp_path) == of_shard(1)
