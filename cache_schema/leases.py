@@ -10,64 +10,31 @@ Leases spare work; they decide nothing about what is written. A worker that slep
 the same bytes where the engine gives the same bytes twice.
 """
 
-import errno
 import fcntl
-import hashlib
 import os
-import re
 import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from cache_schema.lease_files import (
+    LeaseRecord,
+    from_bytes,
+    holder_is_dead,
+    lease_file_name,
+    newest_generations,
+    read_lease,
+    this_machine,
+    to_bytes,
+)
+from cache_schema.storage import refused
 
-from cache_schema.storage import refused, unreadable
-
-LEASES_NAME = "leases"
 DEFAULT_SECONDS = 60.0
 _BEATS_PER_LEASE = 6
-_FILE = re.compile(r"(?P<name>[A-Za-z0-9_-]+)\.lease-(?P<generation>\d+)")
-_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
-"""What looking at a lease gives when it was released meanwhile, the last by another client of a network file system."""
-_SIZE = 512
-"""Every lease has this many bytes, so that one write replaces all of it."""
-
-
-class LeaseRecord(BaseModel):
-    """What a lease says: who holds it, and how far that worker has come."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    worker: str
-    host: str = Field(max_length=64)
-    pid: int
-    machine: str
-    """Of the running kernel: on another one its locks say nothing."""
-    seconds: float
-    """Unchanged for so long, the lease is abandoned."""
-    beat: int = 0
-    sequences: int = 0
-    """Scored by this worker since it began, in all its leases."""
-    tokens: int = 0
-    working_seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class SeenLease:
-    """A lease that somebody holds or has left."""
-
-    name: str
-    record: LeaseRecord
-    age_seconds: float
-    """Since it last changed, by the file system's clock and this machine's."""
-    is_dead: bool
-    """Its holder was on this machine and is gone."""
 
 
 class Lease:
@@ -83,20 +50,20 @@ class Lease:
     def is_lost(self) -> bool:
         """Whether another worker thought this one dead and took over, or somebody removed the lease."""
         # The list of names comes first: to look at one name is answered from a network file system's memory.
-        return _newest(self._leases.folder).get(self.name) != self._generation or not self._is_mine()
+        return newest_generations(self._leases.folder).get(self.name) != self._generation or not self._is_mine()
 
     def release(self) -> None:
         self._leases.forget(self)
         generations = [*([self._generation] if self._is_mine() else []), *range(self._generation - 1, -1, -1)]
         for generation in generations:
             with suppress(OSError):
-                (self._leases.folder / _file_name(self.name, generation)).unlink()
+                (self._leases.folder / lease_file_name(self.name, generation)).unlink()
         os.close(self._descriptor)
 
     def write(self, record: LeaseRecord) -> None:
         """Replace what the lease says; the lock of a file that has none must not be taken for a dead holder's."""
         os.pwrite(
-            self._descriptor, _to_bytes(record if self._is_locked else record.model_copy(update={"machine": ""})), 0
+            self._descriptor, to_bytes(record if self._is_locked else record.model_copy(update={"machine": ""})), 0
         )
 
     def beat(self, record: LeaseRecord) -> None:
@@ -108,7 +75,7 @@ class Lease:
     def _is_mine(self) -> bool:
         """Whether the file of that name is the one this process made: names come again."""
         try:
-            named = (self._leases.folder / _file_name(self.name, self._generation)).stat()
+            named = (self._leases.folder / lease_file_name(self.name, self._generation)).stat()
         except OSError:
             return False
         made = os.fstat(self._descriptor)
@@ -128,7 +95,7 @@ class Leases:
         self.folder = folder
         self._seconds = seconds
         self._record = LeaseRecord(
-            worker=worker, host=socket.gethostname()[:64], pid=os.getpid(), machine=_machine(), seconds=seconds
+            worker=worker, host=socket.gethostname()[:64], pid=os.getpid(), machine=this_machine(), seconds=seconds
         )
         self._held: list[Lease] = []
         # Two locks, for a beat waits for the disk and whoever only counts must not wait for it.
@@ -166,14 +133,14 @@ class Leases:
         Raises:
             StorageError: the directory cannot be written.
         """
-        newest = _newest(self.folder)
+        newest = newest_generations(self.folder)
         with self._held_guard:
             mine = {lease.name for lease in self._held}
         for name in names:
             if name in mine:
                 continue
             generation = newest.get(name)
-            if generation is not None and not self._is_abandoned(_file_name(name, generation)):
+            if generation is not None and not self._is_abandoned(lease_file_name(name, generation)):
                 continue
             lease = self._make(name, 0 if generation is None else generation + 1)
             if lease is not None:
@@ -220,7 +187,7 @@ class Leases:
             return self._record
 
     def _make(self, name: str, generation: int) -> Lease | None:
-        path = self.folder / _file_name(name, generation)
+        path = self.folder / lease_file_name(name, generation)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -253,92 +220,14 @@ class Leases:
         now = time.monotonic()
         # If this process itself was stopped just now, others may have been too, and are to be given time.
         was_asleep = now - self._last_beat > self._seconds / 2
-        raw = _read(self.folder / file_name)
+        raw = read_lease(self.folder / file_name)
         if raw is None:
             return False  # released just now; the next look shows what there is
-        record = _from_bytes(raw)  # None of half a beat, and of what a machine that lost power left
-        if record and record.machine == self._record.machine and _holder_is_dead(self.folder / file_name):
+        record = from_bytes(raw)  # None of half a beat, and of what a machine that lost power left
+        if record and record.machine == self._record.machine and holder_is_dead(self.folder / file_name):
             return True
         seen, since = self._seen.get(file_name, (None, now))
         if seen != raw or was_asleep:
             self._seen[file_name] = (raw, now)
             return False
         return now - since >= (record.seconds if record else self._seconds)
-
-
-def leases_in(folder: Path) -> list[SeenLease]:
-    """What the workers of a directory say of themselves, by name."""
-    machine, found = _machine(), []
-    for name, generation in sorted(_newest(folder).items()):
-        path = folder / _file_name(name, generation)
-        record = _from_bytes(_read(path) or b"")
-        with suppress(OSError):  # released while one looks
-            age = time.time() - path.stat().st_mtime
-            if record is not None:
-                dead = record.machine == machine and _holder_is_dead(path)
-                found.append(SeenLease(name, record, max(0.0, age), dead))
-    return found
-
-
-def _newest(folder: Path) -> dict[str, int]:
-    """The highest generation of each name."""
-    newest: dict[str, int] = {}
-    try:
-        names = [path.name for path in folder.iterdir()]
-    except OSError as error:
-        if error.errno in _GONE:
-            return newest
-        raise unreadable(folder, error) from error
-    for match in filter(None, map(_FILE.fullmatch, names)):
-        name, generation = match["name"], int(match["generation"])
-        newest[name] = max(generation, newest.get(name, 0))
-    return newest
-
-
-def _read(path: Path) -> bytes | None:
-    """A lease's bytes; None where it is gone."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        if error.errno in _GONE:
-            return None
-        raise unreadable(path, error) from error
-
-
-def _holder_is_dead(path: Path) -> bool:
-    """Whether the lock of a lease of this machine is free: the kernel lets go of it when its holder ends."""
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def _file_name(name: str, generation: int) -> str:
-    return f"{name}.lease-{generation}"
-
-
-def _to_bytes(record: LeaseRecord) -> bytes:
-    return record.model_dump_json().encode().ljust(_SIZE)
-
-
-def _from_bytes(raw: bytes) -> LeaseRecord | None:
-    try:
-        return LeaseRecord.model_validate_json(raw)
-    except ValidationError:
-        return None
-
-
-def _machine() -> str:
-    """The running kernel, as far as it can be told; a container with a host name of its own counts as a machine."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        boot = ""
-    return hashlib.sha256(f"{boot} {socket.gethostname()}".encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
-from cache_schema.leases import LEASES_NAME, leases_in
+from cache_schema.lease_files import LEASES_NAME, leases_in
 from cache_schema.manifest import PLAN_NAME, Plan, Receipt, read_json, receipt_name
 from pipeline.describe import describe
 from pipeline.processes import ProcessWorkers

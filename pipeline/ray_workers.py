@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from cache_schema.errors import CacheError
-from cache_schema.leases import LEASES_NAME
+from cache_schema.lease_files import LEASES_NAME
 from pipeline.processes import gpus_per_worker
 from pipeline.progress import say
 from workers.errors import InputError

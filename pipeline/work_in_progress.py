@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from cache_schema.leases import LEASES_NAME, SeenLease, leases_in
+from cache_schema.lease_files import LEASES_NAME, SeenLease, leases_in
 
 
 def describe_workers(cache_dir: Path, num_sequences: int, finished_sequences: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from cache_schema.leases import leases_in
+from cache_schema.lease_files import leases_in
 from pipeline.processes import environments
 from pipeline.ray_workers import DumpActor
 from tests.command_line import pipeline

@@ -15,7 +15,8 @@ import pytest
 
 from cache_schema import leases as module
 from cache_schema.errors import StorageError
-from cache_schema.leases import Lease, LeaseRecord, Leases, leases_in
+from cache_schema.lease_files import LeaseRecord, leases_in
+from cache_schema.leases import Lease, Leases
 
 NAMES = ["n-0", "n-1", "n-2"]
 A_LONG_TIME = 1000.0
@@ -170,7 +171,7 @@ def test_every_sign_of_life_counts_anew(tmp_path: Path) -> None:
 def test_a_living_holder_elsewhere_is_never_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = start(tmp_path, seconds=1)
     assert claimed(process) == ["n-0"]
-    monkeypatch.setattr(module, "_machine", lambda: "another")
+    monkeypatch.setattr(module, "this_machine", lambda: "another")
     with worker(tmp_path) as leases:
         assert claimed_within(leases, "n-0", 3)[0] is None
     assert end(process) == ["False"]

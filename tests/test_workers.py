@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cache_schema.leases import SeenLease, leases_in
+from cache_schema.lease_files import SeenLease, leases_in
 from cache_schema.manifest import Plan
 from tests.command_line import pipeline
 from tests.conftest import write_jsonl

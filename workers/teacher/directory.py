@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cache_schema.errors import CacheCorruptError, CacheMismatchError
-from cache_schema.leases import LEASES_NAME
+from cache_schema.lease_files import LEASES_NAME
 from cache_schema.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 
 from cache_schema.errors import StorageError
-from cache_schema.leases import DEFAULT_SECONDS, LEASES_NAME, Lease, Leases
+from cache_schema.lease_files import LEASES_NAME
+from cache_schema.leases import DEFAULT_SECONDS, Lease, Leases
 from cache_schema.manifest import (
     LM_HEAD_NAME,
     MANIFEST_NAME,

@@ -128,10 +128,10 @@ class VllmModel:
             )
         engine = self.engine
         num_devices = engine.tensor_parallel * engine.pipeline_parallel
-        if (self.device.index or 0) >= num_devices:
+        if self.device.index:
             raise InputError(
-                f"this worker's device is {self.device}, and vLLM takes the first it sees, {num_devices} in all: "
-                f"start each worker with GPUs of its own, for instance CUDA_VISIBLE_DEVICES={self.device.index}."
+                f"this worker's device is {self.device}, and vLLM takes the first it sees, {num_devices} in all: give "
+                f"each worker GPUs of its own in CUDA_VISIBLE_DEVICES, as --launcher processes does."
             )
         if num_devices == 1:
             options["distributed_executor_backend"] = "uni"
