@@ -99,7 +99,8 @@ def read_lease(path: Path) -> bytes | None:
 def holder_is_dead(path: Path) -> bool:
     """Whether the lock of a lease of this machine is free: the kernel lets go of it when its holder ends."""
     try:
-        descriptor = os.open(path, os.O_RDWR)
+        # A network file system locks what may be written alone; who may only read still sees a local one's locks.
+        descriptor = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
     except OSError:
         return False
     try:

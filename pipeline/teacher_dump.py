@@ -27,7 +27,7 @@ from workers.device import device_name, resolve_device
 from workers.errors import InputError
 from workers.teacher.checkpoint import context_length, end_token_ids, hidden_width, identity_of, model_directory
 from workers.teacher.config import DumpConfig
-from workers.teacher.directory import finished_manifest, remaining_shards
+from workers.teacher.directory import finished_manifest, remaining_shards, tidy
 from workers.teacher.dump import Progress, Worker, dump
 from workers.teacher.engines import open_teacher
 from workers.teacher.int8 import num_residual_channels
@@ -119,9 +119,11 @@ def run(prepared: Prepared, config: DumpConfig, cache_dir: Path, worker: Worker)
     Returns the description of the finished cache with what this worker did.
     """
     plan, latest = prepared.plan, Progress()
-    remaining = remaining_shards(cache_dir, plan)
+    remaining_shards(cache_dir, plan)  # refuses another dump's directory before a model is loaded
     started = time.perf_counter()
-    if remaining or finished_manifest(cache_dir) is None:
+    if finished_manifest(cache_dir) is not None:
+        tidy(cache_dir)
+    else:
         with (
             open_teacher(config.teacher.model, plan, config.engine, prepared.device) as teacher,
             dump_bar("answering and scoring" if plan.responses else "scoring") as show,

@@ -18,7 +18,7 @@ def this_worker(told: str | None, lease_seconds: float, environment: Mapping[str
 
 
 def _from_text(told: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", told.strip())
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", told.strip())
     if match is None or int(match[1]) >= int(match[2]):
         raise InputError(f"--worker {told}: write I/N, I from 0 to N - 1, for instance --worker 0/4.")
     return int(match[1]), int(match[2])

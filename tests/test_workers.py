@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cache_schema.errors import CacheCorruptError
 from cache_schema.lease_files import SeenLease, leases_in
 from cache_schema.manifest import Plan
 from tests.command_line import pipeline
@@ -17,7 +18,7 @@ from tests.test_bad_input import snapshot
 from tests.test_kill import differences
 from tests.tiny_cache import dump_tiny_cache, load_teacher, random_sequences
 from workers.teacher import dump as dump_module
-from workers.teacher.dump import dump
+from workers.teacher.dump import Progress, dump
 from workers.tokenizers import load_tokenizer
 
 NUM_SEQUENCES, NUM_SHARDS = 96, 24
@@ -228,3 +229,31 @@ def test_a_worker_that_sleeps_before_it_writes_the_plan_follows_the_one_it_finds
     assert dump(folder, plan, sequences, teacher, tokenizer) == finished.manifest
     assert woken == ["plan.json"]
     assert differences(folder, finished.cache_dir) == []
+
+
+def test_a_finished_cache_is_rid_of_what_a_late_worker_left(
+    command: list[object], by_one: Path, tmp_path: Path
+) -> None:
+    cache = Path(shutil.copytree(by_one, tmp_path / "cache"))
+    (cache / ".shard-00003.parquet.0123abcd.tmp").write_text("half")
+    (cache / "leases").mkdir()
+    (cache / "leases" / "manifest.lease-0").write_text("of a dead worker")
+    assert pipeline(*command, cache).json["scored_sequences"] == 0
+    assert differences(cache, by_one) == []
+    assert not (cache / "leases").exists()
+
+
+@pytest.mark.parametrize("what", ["plan.json", "lm_head.safetensors", "everything"])
+def test_a_directory_that_changes_under_a_worker_is_one_error(teacher_dir: Path, tmp_path: Path, what: str) -> None:
+    sequences, folder = random_sequences(), tmp_path / "cache"
+    plan = dump_tiny_cache(tmp_path / "other", teacher_dir, sequences).plan
+    teacher, tokenizer = load_teacher(teacher_dir, plan), load_tokenizer(str(teacher_dir))
+
+    def remove(progress: Progress) -> None:
+        if progress.shards == 1 and folder.exists():
+            shutil.rmtree(folder) if what == "everything" else (folder / what).unlink(missing_ok=True)
+
+    gone = "plan.json" if what == "everything" else what
+    with pytest.raises(CacheCorruptError, match=rf"{gone} is gone: the directory was changed while .*give another"):
+        dump(folder, plan, sequences, teacher, tokenizer, remove)
+    assert not (folder / "manifest.json").exists()

@@ -130,8 +130,17 @@ class EngineConfig(_Section):
         return self
 
 
+_OTHER_KEYS_OF_RAY = {
+    "CPU": "give worker.ray_cpus",
+    "GPU": "give worker.ray_gpus",
+    "memory": "leave it out",
+    "object_store_memory": "leave it out",
+}
+"""What may not stand among ``ray_resources``, and what to do instead."""
+
+
 class WorkerConfig(_Section):
-    lease_seconds: float = Field(60, ge=1, allow_inf_nan=False)
+    lease_seconds: float = Field(60, ge=1, le=86_400, allow_inf_nan=False)
     """After so long without a sign of life of a worker on another machine, others take over its shards."""
     launcher: Literal["processes", "ray"] | None = None
     """What starts the workers: ``processes`` of this machine, or actors of a ``ray`` cluster; None is this process
@@ -144,8 +153,16 @@ class WorkerConfig(_Section):
     """CPUs that Ray sets aside for each worker."""
     ray_gpus: float | None = Field(None, ge=0, allow_inf_nan=False)
     """GPUs for each worker; None is as many as its engine uses, and none where the cluster has none."""
-    ray_resources: dict[str, float] | None = None
+    ray_resources: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
     """Other resources of the cluster that each worker takes, by name."""
+
+    @field_validator("ray_resources")
+    @classmethod
+    def _resources_of_other_names(cls, resources: dict[str, float] | None) -> dict[str, float] | None:
+        for name in resources or {}:
+            if name in _OTHER_KEYS_OF_RAY:
+                raise ValueError(f"{name} is not a resource of its own name: {_OTHER_KEYS_OF_RAY[name]}")
+        return resources
 
     @model_validator(mode="after")
     def _launcher_and_count(self) -> Self:

@@ -1,11 +1,13 @@
 """A cache directory on its way to being finished: which plan it follows, which shards it has."""
 
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-from cache_schema.errors import CacheCorruptError, CacheMismatchError
-from cache_schema.lease_files import LEASES_NAME
+from cache_schema.errors import CacheCorruptError, CacheMismatchError, StorageError
+from cache_schema.lease_files import LEASES_NAME, leases_in
 from cache_schema.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
@@ -17,7 +19,7 @@ from cache_schema.manifest import (
     receipt_name,
     require_same_plan,
 )
-from cache_schema.storage import is_leftover
+from cache_schema.storage import discard_leftovers_in, is_leftover
 
 _RECEIPT = re.compile(r"shard-(\d{5,})\.json")
 
@@ -76,8 +78,33 @@ def remaining_shards(cache_dir: Path, plan: Plan) -> list[int]:
 
 
 def shards_with_receipt(cache_dir: Path) -> set[int]:
-    """The shards that some worker has finished, by a look at the directory alone."""
-    return {int(match[1]) for path in cache_dir.iterdir() if (match := _RECEIPT.fullmatch(path.name))}
+    """The shards that some worker has finished, by a look at the directory alone.
+
+    Raises:
+        CacheCorruptError: the plan is gone, and perhaps the whole directory.
+    """
+    try:
+        names = {path.name for path in cache_dir.iterdir()}
+    except FileNotFoundError:
+        names = set()
+    if PLAN_NAME not in names:
+        raise gone(cache_dir / PLAN_NAME)
+    return {int(match[1]) for match in map(_RECEIPT.fullmatch, names) if match}
+
+
+def gone(path: Path) -> CacheCorruptError:
+    """A file that this dump wrote or saw, and that is not there any more."""
+    return CacheCorruptError(
+        f"{path} is gone: the directory was changed while it was dumped into. Restore it, or give another --out."
+    )
+
+
+def tidy(cache_dir: Path) -> None:
+    """Remove what workers killed late left in a finished cache; one that cannot be written stays as it is."""
+    with suppress(StorageError):
+        discard_leftovers_in(cache_dir)
+        if all(lease.is_dead for lease in leases_in(cache_dir / LEASES_NAME)):
+            shutil.rmtree(cache_dir / LEASES_NAME, ignore_errors=True)
 
 
 def _require_files(cache_dir: Path) -> None:

@@ -34,11 +34,18 @@ from cache_schema.manifest import (
     write_json_first,
 )
 from cache_schema.sequence import TokenSequence
-from cache_schema.storage import discard_leftovers, publish_directory
+from cache_schema.storage import discard_leftovers, discard_leftovers_in, publish_directory
 from cache_schema.writer import stored_file
 from workers.teacher.background import BackgroundWriter
 from workers.teacher.batches import RowsBatch, ScoredBatch, batches, score_batch
-from workers.teacher.directory import finished_manifest, remaining_shards, shards_with_receipt, stored_plan
+from workers.teacher.directory import (
+    finished_manifest,
+    gone,
+    remaining_shards,
+    shards_with_receipt,
+    stored_plan,
+    tidy,
+)
 from workers.teacher.int8 import measure_int8
 from workers.teacher.lm_head import save_head
 from workers.teacher.teacher import ScoringTeacher, Teacher
@@ -100,12 +107,16 @@ def dump(
     remaining_shards(cache_dir, plan)  # refuses what cannot be gone on with
     finished = finished_manifest(cache_dir)
     if finished is not None:
+        tidy(cache_dir)
         return finished
     with Leases(cache_dir / LEASES_NAME, f"{worker.index}/{worker.count}", worker.lease_seconds) as leases:
         plan = _in_turn(leases, "plan", lambda: _begin(cache_dir, plan, sequences, teacher, tokenizer))
         with _threads(plan.engine.num_threads), BackgroundWriter(cache_dir, plan) as writer:
             _Scoring(cache_dir, plan, sequences, teacher, leases, writer, report).run(worker)
-        return _in_turn(leases, "manifest", lambda: finished_manifest(cache_dir) or _commit(cache_dir, leases))
+        # A worker that wakes when all is done makes no lease anew.
+        return finished_manifest(cache_dir) or _in_turn(
+            leases, "manifest", lambda: finished_manifest(cache_dir) or _commit(cache_dir, leases)
+        )
 
 
 def _in_turn(leases: Leases, name: str, work: Callable[[], Result]) -> Result:
@@ -267,15 +278,19 @@ def _lease_name(shard: int) -> str:
 
 def _commit(cache_dir: Path, leases: Leases) -> Manifest:
     """Write the manifest, after which nothing of the cache changes."""
-    plan = read_json(cache_dir / PLAN_NAME, Plan)
-    discard_leftovers(cache_dir / MANIFEST_NAME)
-    manifest = Manifest(
-        plan=plan,
-        receipts=tuple(read_json(cache_dir / receipt_name(shard), Receipt) for shard in range(plan.num_shards)),
-        files=_head_and_tokenizer(cache_dir, plan),
-    )
+    try:
+        plan = read_json(cache_dir / PLAN_NAME, Plan)
+        manifest = Manifest(
+            plan=plan,
+            receipts=tuple(read_json(cache_dir / receipt_name(shard), Receipt) for shard in range(plan.num_shards)),
+            files=_head_and_tokenizer(cache_dir, plan),
+        )
+    except FileNotFoundError as error:
+        raise gone(Path(error.filename)) from None
     write_json_first(cache_dir / MANIFEST_NAME, manifest)
     leases.remove_folder()
+    # Of the last shards' workers too, which were killed after others had taken over.
+    discard_leftovers_in(cache_dir)
     return read_manifest(cache_dir)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from packaging.version import Version
+from pydantic import ValidationError
 
 from cache_schema.manifest import Engine, TeacherIdentity
 from workers.errors import InputError
@@ -172,11 +173,18 @@ class VllmModel:
             raise
         except Exception as error:  # vLLM raises a dozen types: bad options, unknown models, too little memory
             own = "--set engine.logits=engine --no-hidden-states, or " if self.engine.logits == "head" else ""
+            # What pydantic refuses is an option, and needs no advice on memory.
+            if isinstance(error, ValidationError):
+                advice = "Correct that option"
+            else:
+                advice = (
+                    "Lower engine.memory_fraction, engine.tokens_per_batch or data.max_tokens if memory is short (on "
+                    "a CPU, raise VLLM_CPU_KVCACHE_SPACE, in GiB, if it is the cache's); VLLM_LOGGING_LEVEL=INFO shows "
+                    "what vLLM did"
+                )
             raise InputError(
-                f"vllm {vllm_version()} cannot run {self._model}: {reason_of(error)}. Lower engine.memory_fraction, "
-                f"engine.tokens_per_batch or data.max_tokens if memory is short (on a CPU, raise "
-                f"VLLM_CPU_KVCACHE_SPACE, in GiB, if it is the cache's); VLLM_LOGGING_LEVEL=INFO shows what vLLM did. "
-                f"Where it cannot run the model this way, use {own}--engine transformers."
+                f"vllm {vllm_version()} cannot run {self._model}: {reason_of(error)}. {advice}. Where it cannot run "
+                f"the model this way, use {own}--engine transformers."
             ) from error
 
     @contextmanager

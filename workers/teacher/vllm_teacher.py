@@ -21,6 +21,9 @@ from workers.teacher.self_check import (
 from workers.teacher.vllm_engine import VllmModel
 from workers.teacher.vllm_responses import WRITES, responses
 
+_PROBE = [0, 1]
+"""Token ids that every vocabulary has."""
+
 HIDDEN_STATES = {
     "runner": "pooling",
     "pooler_config": {"task": "token_embed", "use_activation": False},
@@ -77,16 +80,19 @@ class VllmTeacher:
         self.lm_head, self._final_norm = files.lm_head.to(device), files.final_norm
         self._scoring = self._vllm.open(**HIDDEN_STATES)
         self._writing: Any = None
+        # Some models load and cannot run: that shows here, before a plan is written that no other engine may follow.
+        try:
+            self._encode([_PROBE])
+        except InputError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """See ``VllmModel.close``."""
         self._vllm.close()
 
     def hidden_states(self, batch: Sequence[TokenSequence], positions: Positions) -> list[Tensor]:
-        prompts = [{"prompt_token_ids": sequence.input_ids.tolist()} for sequence in batch]
-        with self._vllm.refusals():
-            outputs = self._scoring.encode(prompts, pooling_task="token_embed", use_tqdm=False)
-        states = [output.outputs.data for output in outputs]
+        states = self._encode([sequence.input_ids.tolist() for sequence in batch])
         for sequence, hidden_TD in zip(batch, states, strict=True):
             self._require_states(sequence, hidden_TD)
         if self._unchecked:
@@ -102,6 +108,14 @@ class VllmTeacher:
         if self._writing is None:
             self._writing = self._vllm.open(**WRITES)
         yield responses(self._vllm, self._writing, prompts, generation, seed, self.lm_head.vocab_size)
+
+    def _encode(self, prompts: list[list[int]]) -> list[Tensor]:
+        """Final-norm hidden states of every token. [T, D] each"""
+        with self._vllm.refusals():
+            outputs = self._scoring.encode(
+                [{"prompt_token_ids": ids} for ids in prompts], pooling_task="token_embed", use_tqdm=False
+            )
+        return [output.outputs.data for output in outputs]
 
     def _require_states(self, sequence: TokenSequence, hidden_TD: Tensor) -> None:
         shape = (sequence.num_tokens, self.lm_head.weight_VD.shape[1])
