@@ -9,7 +9,7 @@ import typer
 
 from pipeline.cli_cache import compact, estimate, inspect, teacher_dump, verify
 from pipeline.cli_student import distill, evaluate, losses
-from pipeline.stopping import TERMINATED
+from pipeline.stopping import STOPPED
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,8 +20,6 @@ app = typer.Typer(
 )
 for command in (estimate, teacher_dump, inspect, verify, compact, losses, distill, evaluate):
     app.command()(command)
-
-_INTERRUPTED = 130  # what typer exits with on Ctrl-C: 128 + SIGINT
 
 
 def main() -> None:
@@ -38,6 +36,6 @@ def main() -> None:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
     except SystemExit as stop:
-        if stop.code in (_INTERRUPTED, TERMINATED):
+        if stop.code in STOPPED:
             typer.echo("interrupted; finished work is kept: run it again to go on (distill: with --resume)", err=True)
         raise

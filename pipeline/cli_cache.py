@@ -110,7 +110,7 @@ def teacher_dump(
     """
     from pipeline.config import build_config
     from pipeline.launch import launch
-    from pipeline.stopping import tidy_on_sigterm
+    from pipeline.stopping import tidy_on_signals
     from pipeline.teacher_dump import expected_size, prepare, run
     from pipeline.words import dump_in_words, size_in_words
     from pipeline.worker import this_worker
@@ -148,7 +148,7 @@ def teacher_dump(
         show(size, json_output, lambda: size_in_words(size))
         return
     typer.echo(size_in_words(size), err=True)
-    with tidy_on_sigterm():
+    with tidy_on_signals():
         facts = run(prepared, settled, cache_dir, this) if this else launch(prepared, settled, cache_dir)
     show(facts, json_output, lambda: dump_in_words(cache_dir, facts))
 

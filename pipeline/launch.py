@@ -5,10 +5,10 @@ Each worker is ``pipeline teacher-dump --worker I/N`` in a process, or the same 
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from cache_schema.lease_files import LEASES_NAME, leases_in
 from cache_schema.manifest import PLAN_NAME, Plan, Receipt, read_json, receipt_name
@@ -24,7 +24,21 @@ _POLL_SECONDS = 0.5
 
 
 class Workers(Protocol):
-    """Started; leaving the context ends them."""
+    """Leaving the context ends those that were started."""
+
+    # Entering starts none: where a signal ends it, nothing would be left.
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    def start(self) -> None:
+        """Start all of them.
+
+        Raises:
+            InputError: there is no place for them.
+        """
 
     def num_living(self) -> int:
         """How many are at work, after saying what has become of the others.
@@ -37,6 +51,9 @@ class Workers(Protocol):
 def launch(prepared: Prepared, config: DumpConfig, cache_dir: Path) -> dict[str, Any]:
     """Dump with as many workers as the config says, and return what one alone would.
 
+    ``scored_sequences`` and ``scored_tokens`` count what was finished meanwhile, also by workers that another launcher
+    started.
+
     Raises:
         InputError: there are too few GPUs, or every worker failed.
         CacheError: the directory is another dump's.
@@ -45,7 +62,13 @@ def launch(prepared: Prepared, config: DumpConfig, cache_dir: Path) -> dict[str,
     _require_same_dump(config, cache_dir, plan)
     before = _scored(cache_dir)
     if finished_manifest(cache_dir) is None:
-        with _started(prepared, config, cache_dir) as workers, dump_bar("scoring, by all workers") as show:
+        # Ray prints what becomes of its actors to stdout, where the result is to stand alone.
+        with (
+            redirect_stdout(sys.stderr),
+            _workers(prepared, config, cache_dir) as workers,
+            dump_bar("scoring, by all workers") as show,
+        ):
+            workers.start()
             tokens: dict[tuple[str, int], int] = {}
             while workers.num_living() and finished_manifest(cache_dir) is None:
                 show(_progress(cache_dir, plan, tokens))
@@ -60,18 +83,12 @@ def launch(prepared: Prepared, config: DumpConfig, cache_dir: Path) -> dict[str,
     }
 
 
-@contextmanager
-def _started(prepared: Prepared, config: DumpConfig, cache_dir: Path) -> Iterator[Workers]:
-    workers: AbstractContextManager[Workers]
+def _workers(prepared: Prepared, config: DumpConfig, cache_dir: Path) -> Workers:
     if config.worker.launcher == "ray":
         from pipeline.ray_workers import RayWorkers
 
-        workers = RayWorkers(config, cache_dir)
-    else:
-        workers = ProcessWorkers(config, cache_dir, prepared.device)
-    # Ray prints what becomes of its actors to stdout, where the result is to stand alone.
-    with redirect_stdout(sys.stderr), workers as started:
-        yield started
+        return RayWorkers(config, cache_dir)
+    return ProcessWorkers(config, cache_dir, prepared.device)
 
 
 def _require_same_dump(config: DumpConfig, cache_dir: Path, plan: Plan) -> None:
@@ -83,7 +100,7 @@ def _require_same_dump(config: DumpConfig, cache_dir: Path, plan: Plan) -> None:
 
 
 def _finished_shards(cache_dir: Path) -> set[int]:
-    return shards_with_receipt(cache_dir) if cache_dir.exists() else set()
+    return shards_with_receipt(cache_dir) if (cache_dir / PLAN_NAME).exists() else set()
 
 
 def _scored(cache_dir: Path) -> tuple[int, int]:

@@ -3,16 +3,18 @@
 import math
 import os
 import socket
-from contextlib import suppress
+from contextlib import chdir, suppress
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
+from urllib.parse import urlsplit
 
 from cache_schema.errors import CacheError
 from cache_schema.lease_files import LEASES_NAME
-from pipeline.processes import gpus_per_worker
+from pipeline.processes import FINISHED_SECONDS, Failures, gpus_per_worker, package_folder
 from pipeline.progress import say
+from pipeline.stopping import signals_held, sigterm_handler_kept
 from workers.errors import InputError
 from workers.teacher.config import DumpConfig
 from workers.teacher.directory import finished_manifest
@@ -20,14 +22,14 @@ from workers.teacher.dump import Worker
 
 _MOST_RESTARTS = 3
 """Of one actor; while one starts again, the others take over its shards."""
-_GRACE_SECONDS = 20.0
+_CONNECT_SECONDS = 10.0
 
 
 class RayWorkers:
-    """Started by entering, ended by leaving the context.
+    """Ended by leaving the context, whatever of them has been started.
 
     Raises:
-        InputError: Ray is not installed, or the cluster does not answer.
+        InputError: Ray is not installed.
     """
 
     def __init__(self, config: DumpConfig, cache_dir: Path) -> None:
@@ -39,19 +41,38 @@ class RayWorkers:
         self._config = config
         self._cache_dir = cache_dir.absolute()
         self._count = config.worker.count
+        self._address = config.worker.ray_address or os.environ.get("RAY_ADDRESS") or "local"
         self._marker = self._cache_dir / LEASES_NAME / f"launched-by-{os.getpid()}-on-{socket.gethostname()}"
         self._actors: list[Any] = []
         self._running: dict[Any, int] = {}
-        self._failures: list[str] = []
+        self._failures = Failures(self._count)
 
-    def __enter__(self) -> "RayWorkers":
+    def __enter__(self) -> Self:
+        return self
+
+    def start(self) -> None:
+        """Start the actors; Ray may let some wait for a place.
+
+        Raises:
+            InputError: the cluster does not answer, or does not have what the workers take.
+        """
         self._connect()
         demand = self._demand()
+        try:
+            actor = self._ray.remote(DumpActor).options(
+                max_restarts=_MOST_RESTARTS, max_task_retries=_MOST_RESTARTS, **demand
+            )
+        except ValueError as error:
+            raise InputError(
+                f"Ray refuses what each worker is to take ({error}): see worker.ray_cpus, worker.ray_gpus and "
+                f"worker.ray_resources."
+            ) from None
+        with signals_held():
+            self._start(actor)
+
+    def _start(self, actor: Any) -> None:
         self._marker.parent.mkdir(parents=True, exist_ok=True)
         self._marker.touch()
-        actor = self._ray.remote(DumpActor).options(
-            max_restarts=_MOST_RESTARTS, max_task_retries=_MOST_RESTARTS, **demand
-        )
         text = self._config.model_dump_json(exclude_unset=True, exclude={"worker"})
         lease_seconds = self._config.worker.lease_seconds
         for index in range(self._count):
@@ -60,16 +81,23 @@ class RayWorkers:
                 text, str(self._cache_dir), str(self._marker), str(Path.cwd()), index, self._count, lease_seconds
             )
             self._running[task] = index
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._ended(_GRACE_SECONDS)
-        for actor in self._actors:
-            self._ray.kill(actor, no_restart=True)
-        self._ray.shutdown()
+        with signals_held():
+            if kind is None:
+                self._ended(FINISHED_SECONDS)
+                self._failures.say(after_seconds=0)
+            for task in self._running:
+                self._ray.cancel(task)  # else Ray says that it tries again
+            for actor in self._actors:
+                self._ray.kill(actor, no_restart=True)
+            self._ray.shutdown()
+            if self._actors:
+                self._remove_marker()
+
+    def _remove_marker(self) -> None:
         self._marker.unlink(missing_ok=True)
         for folder in (self._marker.parent, self._cache_dir):
             if folder.is_dir() and not any(folder.iterdir()):
@@ -78,8 +106,7 @@ class RayWorkers:
     def num_living(self) -> int:
         for task in self._ended(0):
             self._look_at(task, self._running.pop(task))
-        if not self._running and len(self._failures) == self._count:
-            raise InputError(self._failures[0])
+        self._failures.say()
         return len(self._running)
 
     def _look_at(self, task: Any, index: int) -> None:
@@ -90,9 +117,7 @@ class RayWorkers:
         except self._ray.exceptions.RayTaskError as error:
             reason = f"it crashed ({error.cause!r}); Ray's logs say where."
         if reason is not None:
-            if self._running and reason not in self._failures:
-                say(f"worker {index}/{self._count} stopped, the others go on: {reason}")
-            self._failures.append(reason)
+            self._failures.add(index, reason)
 
     def _ended(self, timeout: float) -> list[Any]:
         if not self._running:
@@ -100,31 +125,56 @@ class RayWorkers:
         ended, _ = self._ray.wait(list(self._running), num_returns=len(self._running), timeout=timeout)
         return list(ended)
 
+    @property
+    def _is_own(self) -> bool:
+        return self._address == "local"
+
     def _connect(self) -> None:
-        address = self._config.worker.ray_address or os.environ.get("RAY_ADDRESS")
+        _require_answer(self._address)
         # Ray counts CPUs and does not bind them: more workers than cores share them, and none waits for a place.
         num_cpus = max(os.cpu_count() or 1, math.ceil(self._count * self._config.worker.ray_cpus))
-        of_its_own = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
+        of_its_own = {"num_cpus": num_cpus, "include_dashboard": False} if self._is_own else {}
         try:
-            self._ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **of_its_own)
+            # Actors import from the folder that is current here before they look elsewhere.
+            with sigterm_handler_kept(), chdir(package_folder()):
+                self._ray.init(self._address, log_to_driver=False, logging_level="ERROR", **of_its_own)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            place = f"at {address}" if address else "on this machine"
+            place = "on this machine" if self._is_own else f"at {self._address}"
             raise InputError(f"no Ray cluster {place} ({error}): see worker.ray_address and RAY_ADDRESS.") from None
 
     def _demand(self) -> dict[str, Any]:
-        """What each actor takes of the cluster; says so where there is not enough for all of them."""
+        """What each actor takes of the cluster; says so where there is not enough for all of them yet."""
         worker, there = self._config.worker, self._ray.cluster_resources()
         gpus, others = worker.ray_gpus, worker.ray_resources or {}
         if gpus is None:
             uses_one = self._config.engine.device != "cpu" and there.get("GPU", 0) > 0
             gpus = float(gpus_per_worker(self._config)) if uses_one else 0.0
         for name, each in {"CPU": worker.ray_cpus, "GPU": gpus, **others}.items():
-            if each * self._count > there.get(name, 0):
-                say(
-                    f"{self._count} workers take {each * self._count:g} {name} of the Ray cluster, which has "
-                    f"{there.get(name, 0):g}: some wait until it has more."
+            if each * self._count <= there.get(name, 0):
+                continue
+            taken = f"{self._count} workers take {each * self._count:g} {name} of the Ray cluster"
+            if self._is_own:
+                raise InputError(
+                    f"{taken}, which is this machine alone and has {there.get(name, 0):g}: lower --workers or what "
+                    f"each takes (worker.ray_gpus, worker.ray_resources), or give worker.ray_address."
                 )
+            say(f"{taken}, which has {there.get(name, 0):g}: some wait until it has more.")
         return {"num_cpus": worker.ray_cpus, "num_gpus": gpus, "resources": others}
+
+
+def _require_answer(address: str) -> None:
+    """Ask first whether anything listens there: Ray itself tries for minutes."""
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        place = parts.hostname, parts.port
+    except ValueError:
+        return
+    if place[0] is None or place[1] is None:  # "auto" and the like, which Ray looks up
+        return
+    try:
+        socket.create_connection((place[0], place[1]), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise InputError(f"no Ray cluster at {address} ({error}): see worker.ray_address and RAY_ADDRESS.") from None
 
 
 class DumpActor:

@@ -161,7 +161,7 @@ class WorkerConfig(_Section):
     def _resources_of_other_names(cls, resources: dict[str, float] | None) -> dict[str, float] | None:
         for name in resources or {}:
             if name in _OTHER_KEYS_OF_RAY:
-                raise ValueError(f"{name} is not a resource of its own name: {_OTHER_KEYS_OF_RAY[name]}")
+                raise ValueError(f"{name} is no resource of the user's own: {_OTHER_KEYS_OF_RAY[name]}")
         return resources
 
     @model_validator(mode="after")
