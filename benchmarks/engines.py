@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.material import ROOT, fetch_teacher
-from cache_schema.manifest import Engine
+from cache_schema.plan import Engine
 from cache_schema.sequence import TokenSequence
 from workers.teacher.checkpoint import identity_of
 from workers.teacher.lm_head import LMHead

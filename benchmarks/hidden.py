@@ -20,14 +20,14 @@ from cache_schema.manifest import (
     LM_HEAD_NAME,
     MANIFEST_NAME,
     PLAN_NAME,
-    HiddenStates,
     Manifest,
     Receipt,
     hidden_name,
     read_json,
     receipt_name,
     write_json,
-)  # fmt: skip
+)
+from cache_schema.plan import HiddenStates
 from workers.lookup.stored import stored_hidden_states
 from workers.teacher.checkpoint import identity_of
 from workers.teacher.dump import dump

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.material import fetch_teacher
-from cache_schema.manifest import Plan
+from cache_schema.plan import Plan
 from cache_schema.sequence import TokenSequence
 from pipeline.config import build_config
 from pipeline.teacher_dump import prepare

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.material import TEACHER, make_cache
 from cache_schema import CacheReader
-from cache_schema.manifest import HiddenStates, Plan
+from cache_schema.plan import HiddenStates, Plan
 from cache_schema.sequence import TokenSequence
 from pipeline.describe import describe
 from workers.device import device_name, resolve_device

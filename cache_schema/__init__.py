@@ -8,7 +8,8 @@ from cache_schema.errors import (
     SequenceNotFoundError,
     StorageError,
 )
-from cache_schema.manifest import Manifest, Plan, Receipt, Sampling, read_manifest
+from cache_schema.manifest import Manifest, Receipt, read_manifest
+from cache_schema.plan import Plan, Sampling
 from cache_schema.reader import CacheReader
 from cache_schema.sequence import SampledRows, ScoredSequence, TokenSequence, TopKRows
 from cache_schema.verify import verify

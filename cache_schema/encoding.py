@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from cache_schema.manifest import HiddenStates, Plan
+from cache_schema.plan import HiddenStates, Plan
 from cache_schema.sequence import SampledRows
 
 HIDDEN_COLUMN = "hidden_states"

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cache_schema.encoding import HIDDEN_COLUMN, HIDDEN_NUMPY_DTYPES, all_finite
-from cache_schema.manifest import Plan
+from cache_schema.plan import Plan
 from cache_schema.sequence import SampledRows, ScoredSequence, TopKRows
 
 

@@ -25,7 +25,8 @@ from pydantic import model_validator
 
 from cache_schema.encoding import HIDDEN_COLUMN, hidden_schema
 from cache_schema.errors import CacheCorruptError
-from cache_schema.manifest import FORMAT_VERSION, Stored, StoredFile, write_json
+from cache_schema.manifest import StoredFile, write_json
+from cache_schema.plan import FORMAT_VERSION, Stored
 from cache_schema.storage import publish, refused
 from cache_schema.writer import stored_file
 

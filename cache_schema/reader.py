@@ -31,14 +31,13 @@ from cache_schema.manifest import (
     LM_HEAD_NAME,
     PLAN_NAME,
     TOKENIZER_NAME,
-    Dtype,
-    Plan,
     hidden_name,
     manifest_sha256,
     read_json,
     read_manifest,
     shard_name,
 )
+from cache_schema.plan import Dtype, Plan
 from cache_schema.sequence import SEQUENCE_ID_BYTES, ScoredSequence, TokenSequence, TopKRows
 
 _GROUPS_KEPT = 64

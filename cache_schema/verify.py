@@ -10,7 +10,6 @@ from cache_schema.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
     Manifest,
-    Plan,
     Receipt,
     hidden_name,
     read_json,
@@ -18,6 +17,7 @@ from cache_schema.manifest import (
     receipt_name,
     shard_name,
 )
+from cache_schema.plan import Plan
 from cache_schema.reader import CacheReader
 from cache_schema.storage import sha256_of
 

@@ -25,7 +25,8 @@ from cache_schema.encoding import (
     to_steps,
 )
 from cache_schema.invariants import fault_in_hidden, fault_in_rows
-from cache_schema.manifest import Plan, Receipt, StoredFile, hidden_name, receipt_name, shard_name, write_json
+from cache_schema.manifest import Receipt, StoredFile, hidden_name, receipt_name, shard_name, write_json
+from cache_schema.plan import Plan
 from cache_schema.sequence import ScoredSequence
 from cache_schema.storage import flush, publish, refused, sha256_of
 

@@ -8,7 +8,6 @@ from cache_schema.manifest import (
     LM_HEAD_NAME,
     MANIFEST_NAME,
     PLAN_NAME,
-    Plan,
     Receipt,
     hidden_name,
     manifest_sha256,
@@ -16,6 +15,7 @@ from cache_schema.manifest import (
     read_manifest,
     receipt_name,
 )
+from cache_schema.plan import Plan
 from cache_schema.reader import CacheReader
 from cache_schema.sequence import SampledRows, TopKRows
 from pipeline.lookups import NO_LOG, describe_log

@@ -11,7 +11,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from cache_schema.lease_files import LEASES_NAME, leases_in
-from cache_schema.manifest import PLAN_NAME, Plan, Receipt, read_json, receipt_name
+from cache_schema.manifest import PLAN_NAME, Receipt, read_json, receipt_name
+from cache_schema.plan import Plan
 from pipeline.describe import describe
 from pipeline.processes import ProcessWorkers
 from pipeline.progress import dump_bar

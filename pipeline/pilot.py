@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache_schema.manifest import Generation, Receipt, read_json, receipt_name
+from cache_schema.manifest import Receipt, read_json, receipt_name
+from cache_schema.plan import Generation
 from cache_schema.reader import CacheReader
 from cache_schema.sequence import Positions, ScoredSequence, TokenSequence
 from cache_schema.writer import ShardWriter

@@ -11,15 +11,7 @@ import pyarrow
 import safetensors
 import torch
 
-from cache_schema.manifest import (
-    DatasetIdentity,
-    Engine,
-    Generation,
-    HiddenStates,
-    Plan,
-    Sampling,
-    TokenizerIdentity,
-)
+from cache_schema.plan import DatasetIdentity, Engine, Generation, HiddenStates, Plan, Sampling, TokenizerIdentity
 from cache_schema.sequence import TokenSequence
 from pipeline.describe import describe
 from pipeline.progress import dump_bar, progress_bar

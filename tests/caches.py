@@ -15,15 +15,11 @@ from cache_schema.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
     TOKENIZER_NAME,
-    DatasetIdentity,
-    Engine,
-    HiddenStates,
-    TeacherIdentity,
-    TokenizerIdentity,
     read_json,
     receipt_name,
     write_json,
 )
+from cache_schema.plan import DatasetIdentity, Engine, HiddenStates, TeacherIdentity, TokenizerIdentity
 from cache_schema.writer import stored_file
 
 

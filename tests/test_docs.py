@@ -16,7 +16,8 @@ from typer.main import get_command
 
 from cache_schema import CacheReader, Manifest, Plan, Receipt
 from cache_schema.encoding import SCALAR_COLUMNS, hidden_schema, logit_columns, shard_schema
-from cache_schema.manifest import FORMAT_VERSION, HiddenStates, hidden_name, shard_name
+from cache_schema.manifest import hidden_name, shard_name
+from cache_schema.plan import FORMAT_VERSION, HiddenStates
 from pipeline.cli import app
 from tests.caches import make_plan
 from tests.command_line import pipeline

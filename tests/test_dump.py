@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Gemma3Config, GPT2Config, LlamaConfig
 
 from cache_schema import CacheReader, verify
-from cache_schema.manifest import Generation
+from cache_schema.plan import Generation
 from cache_schema.sequence import TokenSequence
 from tests.caches import content
 from tests.command_line import pipeline

@@ -9,16 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from cache_schema import CacheReader, Manifest, Plan, Receipt
-from cache_schema.manifest import (
-    MANIFEST_NAME,
-    PLAN_NAME,
-    HiddenStates,
-    Sampling,
-    read_json,
-    receipt_name,
-    shard_name,
-    write_json,
-)
+from cache_schema.manifest import MANIFEST_NAME, PLAN_NAME, read_json, receipt_name, shard_name, write_json
+from cache_schema.plan import HiddenStates, Sampling
 from cache_schema.verify import verify
 from tests.caches import make_plan, make_scoreds, rewrite_column, with_rows, write_cache, write_shard
 from tests.command_line import pipeline

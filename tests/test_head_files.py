@@ -17,7 +17,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from cache_schema.manifest import Engine
+from cache_schema.plan import Engine
 from tests.tiny import CHATML, tiny_tokenizer
 from tests.tiny_cache import CPU, random_sequences
 from tests.tiny_models import save_tiny_llama, save_tiny_model

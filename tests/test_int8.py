@@ -6,7 +6,8 @@ import torch
 
 from cache_schema import CacheReader, verify
 from cache_schema.encoding import from_int8, to_float32, to_int8
-from cache_schema.manifest import HiddenStates, Plan, read_json
+from cache_schema.manifest import read_json
+from cache_schema.plan import HiddenStates, Plan
 from cache_schema.sequence import TokenSequence
 from tests.caches import content
 from tests.command_line import pipeline

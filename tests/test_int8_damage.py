@@ -12,7 +12,7 @@ import torch
 from cache_schema import CacheReader, verify
 from cache_schema.encoding import from_int8, to_float32, to_int8
 from cache_schema.errors import CacheCorruptError
-from cache_schema.manifest import HiddenStates
+from cache_schema.plan import HiddenStates
 from tests.caches import make_plan, make_scoreds, rewrite_column, rewrite_table, write_cache
 from tests.command_line import pipeline
 from tests.tiny_cache import CPU, dump_tiny_cache, random_sequences

@@ -18,7 +18,7 @@ from cache_schema.errors import CacheCorruptError, CacheMismatchError, StorageEr
 from cache_schema.lookup_files import LoggedLogits
 from cache_schema.lookup_writer import LookupWriter, lookups_dir, machine_mark
 from cache_schema.lookups import LookupLog
-from cache_schema.manifest import FORMAT_VERSION
+from cache_schema.plan import FORMAT_VERSION
 from cache_schema.reader import CacheReader
 from tests.caches import content, flip_bit, make_plan, make_scoreds, write_cache
 from tests.log_process import HIDDEN_SIZE, ROUNDS, answers_of, pairs_in, pairs_of, row_of, states_of

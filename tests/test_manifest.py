@@ -14,15 +14,8 @@ from cache_schema import (
     Receipt,
     read_manifest,
 )
-from cache_schema.manifest import (
-    MANIFEST_NAME,
-    PLAN_NAME,
-    Generation,
-    StoredFile,
-    read_json,
-    require_same_plan,
-    write_json,
-)
+from cache_schema.manifest import MANIFEST_NAME, PLAN_NAME, StoredFile, read_json, write_json
+from cache_schema.plan import Generation, require_same_plan
 from tests.caches import make_plan, make_scoreds, write_cache
 
 PLAN_JSON = """{

@@ -27,7 +27,7 @@ from cache_schema import (
 from cache_schema.encoding import DRAW_COLUMNS, shard_schema
 from cache_schema.lookup_files import LoggedLogits
 from cache_schema.lookup_writer import LookupWriter
-from cache_schema.manifest import Plan
+from cache_schema.plan import Plan
 from cache_schema.remote import local_copy
 from tests.caches import (
     content,

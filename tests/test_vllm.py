@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from cache_schema import CacheReader
-from cache_schema.manifest import Engine, Generation
+from cache_schema.plan import Engine, Generation
 from cache_schema.sequence import TokenSequence
 from tests.caches import content
 from tests.command_line import pipeline

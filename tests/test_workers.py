@@ -10,7 +10,7 @@ import torch
 
 from cache_schema.errors import CacheCorruptError
 from cache_schema.lease_files import SeenLease, leases_in
-from cache_schema.manifest import Plan
+from cache_schema.plan import Plan
 from tests.command_line import pipeline
 from tests.conftest import write_jsonl
 from tests.forked import Forked, Forks, forks, until

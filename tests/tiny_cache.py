@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cache_schema.manifest import HiddenStates
+from cache_schema.plan import HiddenStates
 from cache_schema.reader import CacheReader
 from cache_schema.sequence import TokenSequence
 from tests.caches import make_plan

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cache_schema.manifest import Plan
+from cache_schema.plan import Plan
 from cache_schema.reader import CacheReader
 from cache_schema.sequence import ScoredSequence, TopKRows
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cache_schema.errors import CacheMismatchError
-from cache_schema.manifest import TeacherIdentity
+from cache_schema.plan import TeacherIdentity
 from cache_schema.reader import CacheReader
 from workers.teacher.batches import batches
 from workers.teacher.lm_head import LMHead

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from cache_schema.errors import CacheCorruptError
-from cache_schema.manifest import LM_HEAD_NAME, Plan
+from cache_schema.manifest import LM_HEAD_NAME
+from cache_schema.plan import Plan
 from cache_schema.reader import CacheReader
 from cache_schema.sequence import TopKRows
 from cache_schema.storage import sha256_of

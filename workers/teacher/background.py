@@ -10,7 +10,7 @@ from types import TracebackType
 
 from cache_schema.errors import StorageError
 from cache_schema.leases import Lease
-from cache_schema.manifest import Plan
+from cache_schema.plan import Plan
 from cache_schema.writer import ShardWriter
 from workers.teacher.batches import RowsBatch, ScoredBatch
 

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cache_schema.manifest import Plan
+from cache_schema.plan import Plan
 from cache_schema.sequence import SampledRows, ScoredSequence, TokenSequence, TopKRows
 from workers.teacher.lm_head import LMHead
 from workers.teacher.sampling import counted, draw, uniforms

@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import nn
 
-from cache_schema.manifest import Dtype, TeacherIdentity
+from cache_schema.plan import Dtype, TeacherIdentity
 from cache_schema.storage import sha256_of
 from workers.errors import InputError
 from workers.teacher.lm_head import head_of

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from cache_schema.manifest import Dtype
+from cache_schema.plan import Dtype
 from cache_schema.sequence import Positions
 
 

@@ -8,17 +8,8 @@ from pathlib import Path
 
 from cache_schema.errors import CacheCorruptError, CacheMismatchError, StorageError
 from cache_schema.lease_files import LEASES_NAME, leases_in
-from cache_schema.manifest import (
-    MANIFEST_NAME,
-    PLAN_NAME,
-    Manifest,
-    Plan,
-    Receipt,
-    read_json,
-    read_manifest,
-    receipt_name,
-    require_same_plan,
-)
+from cache_schema.manifest import MANIFEST_NAME, PLAN_NAME, Manifest, Receipt, read_json, read_manifest, receipt_name
+from cache_schema.plan import Plan, require_same_plan
 from cache_schema.storage import discard_leftovers_in, is_leftover
 
 _RECEIPT = re.compile(r"shard-(\d{5,})\.json")

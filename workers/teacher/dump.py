@@ -21,9 +21,7 @@ from cache_schema.manifest import (
     MANIFEST_NAME,
     PLAN_NAME,
     TOKENIZER_NAME,
-    Generation,
     Manifest,
-    Plan,
     Receipt,
     StoredFile,
     hidden_name,
@@ -33,6 +31,7 @@ from cache_schema.manifest import (
     shard_name,
     write_json_first,
 )
+from cache_schema.plan import Generation, Plan
 from cache_schema.sequence import TokenSequence
 from cache_schema.storage import discard_leftovers, discard_leftovers_in, publish_directory
 from cache_schema.writer import stored_file

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from cache_schema.manifest import Plan
+from cache_schema.plan import Plan
 from workers.teacher.config import EngineConfig
 from workers.teacher.teacher import ScoringTeacher, Teacher
 from workers.teacher.transformers_teacher import TransformersTeacher

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cache_schema.encoding import from_int8, to_int8
-from cache_schema.manifest import HiddenStates, Plan
+from cache_schema.plan import HiddenStates, Plan
 from cache_schema.sequence import TokenSequence
 from workers.teacher.lm_head import LMHead, chunks
 from workers.teacher.teacher import Teacher

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cache_schema.manifest import Plan
+from cache_schema.plan import Plan
 from cache_schema.sequence import SampledRows, ScoredSequence, TokenSequence
 from workers.errors import InputError
 from workers.teacher.lm_head import LMHead, chunks, matmul_operands

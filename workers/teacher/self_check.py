@@ -12,7 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from cache_schema.manifest import Engine, TeacherIdentity
+from cache_schema.plan import Engine, TeacherIdentity
 from cache_schema.sequence import TokenSequence
 from workers.errors import InputError
 from workers.teacher.head_files import FinalNorm

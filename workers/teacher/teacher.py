@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from cache_schema.manifest import Engine, Generation, TeacherIdentity
+from cache_schema.plan import Engine, Generation, TeacherIdentity
 from cache_schema.sequence import Positions, TokenSequence, TopKRows
 from workers.teacher.lm_head import LMHead
 

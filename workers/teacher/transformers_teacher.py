@@ -11,7 +11,7 @@ from accelerate import cpu_offload
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from cache_schema.manifest import Engine, Generation, TeacherIdentity
+from cache_schema.plan import Engine, Generation, TeacherIdentity
 from cache_schema.sequence import Positions, TokenSequence
 from workers.errors import InputError
 from workers.teacher.batches import batches

@@ -16,7 +16,7 @@ import torch
 from packaging.version import Version
 from pydantic import ValidationError
 
-from cache_schema.manifest import Engine, TeacherIdentity
+from cache_schema.plan import Engine, TeacherIdentity
 from workers.errors import InputError
 from workers.teacher.checkpoint import first_line, model_directory
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cache_schema.manifest import Generation
+from cache_schema.plan import Generation
 from cache_schema.sequence import TokenSequence
 from workers.errors import InputError
 from workers.teacher.vllm_engine import VllmModel, reason_of, vllm_version

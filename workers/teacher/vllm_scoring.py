@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cache_schema.manifest import Engine, Generation, TeacherIdentity
+from cache_schema.plan import Engine, Generation, TeacherIdentity
 from cache_schema.sequence import Positions, TokenSequence, TopKRows
 from workers.errors import InputError
 from workers.teacher.checkpoint import read_config

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache_schema.manifest import Engine, Generation, TeacherIdentity
+from cache_schema.plan import Engine, Generation, TeacherIdentity
 from cache_schema.sequence import Positions, TokenSequence
 from workers.errors import InputError
 from workers.teacher.checkpoint import read_config
