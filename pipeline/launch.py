@@ -18,7 +18,7 @@ from pipeline.processes import ProcessWorkers
 from pipeline.progress import dump_bar
 from pipeline.teacher_dump import Prepared
 from workers.teacher.config import DumpConfig
-from workers.teacher.directory import finished_manifest, remaining_shards, shards_with_receipt
+from workers.teacher.directory import finished_manifest, remaining_shards, shards_with_receipt, tidy
 from workers.teacher.dump import Progress
 
 _POLL_SECONDS = 0.5
@@ -62,7 +62,9 @@ def launch(prepared: Prepared, config: DumpConfig, cache_dir: Path) -> dict[str,
     plan, started = prepared.plan, time.perf_counter()
     _require_same_dump(config, cache_dir, plan)
     before = _scored(cache_dir)
-    if finished_manifest(cache_dir) is None:
+    if finished_manifest(cache_dir) is not None:
+        tidy(cache_dir)
+    else:
         # Ray prints what becomes of its actors to stdout, where the result is to stand alone.
         with (
             redirect_stdout(sys.stderr),
