@@ -102,8 +102,7 @@ class EngineConfig(_Section):
     tokens_per_batch: int = Field(4096, ge=1)
     """Padded tokens the teacher reads at once."""
     compile: bool = False
-    """With ``transformers``: compile the body, which takes minutes and a C++ compiler; it then runs 1.1 to 1.2 times as
-    fast on a CPU."""
+    """With ``transformers``: compile the body, which takes minutes and a C++ compiler; for long dumps."""
     tensor_parallel: int = Field(1, ge=1)
     """GPUs that share each layer."""
     pipeline_parallel: int = Field(1, ge=1)
