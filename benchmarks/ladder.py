@@ -20,6 +20,7 @@ from benchmarks.material import STUDENT_LAYERS, TEACHER, add_data_options, dump
 from cache_schema import CacheReader
 from workers.distill.config import DistillConfig
 from workers.distill.train import Training, prepare
+from workers.ranks import Ranks
 from workers.lookup.batch import TeacherPositions
 from workers.lookup.ladder import TIERS, Ladder
 from workers.lookup.stored import stored_head, stored_hidden_states
@@ -62,7 +63,7 @@ def main() -> None:
     runs = {"ladder": training(cache, options), "dense": training(cache, options)}
     dense = DenseLadder(runs["dense"].readers[0])
     runs["dense"].ladders[:] = [dense]
-    runs["dense"].student._ladders = (dense,)
+    runs["dense"].engine.student._ladders = (dense,)
     steps: dict[str, Iterator[dict[str, Any]]] = {name: run.steps() for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     counts: dict[str, int] = dict.fromkeys(TIERS, 0)
@@ -91,7 +92,7 @@ def training(cache: Path, options: argparse.Namespace) -> Training:
             "optimizer": {"lr": 3e-4},
         }
     )
-    return prepare(config, [CacheReader(cache)], Path("no-such-run"), CPU)
+    return prepare(config, [CacheReader(cache)], Path("no-such-run"), Ranks(CPU))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def time_steps(caches: dict[str, Path], options: argparse.Namespace) -> tuple[di
             for name, (student, terms, reader, parts) in steps.items():
                 started = time.process_time()
                 batch = collate(reader, range(TIMED_SEQUENCES), parts, device)
-                loss, _ = student(batch, [term.for_step([batch]) for term in terms])
+                loss, _ = student.share(batch, [term.scaled(term.weight_in([batch])) for term in terms])
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

@@ -12,6 +12,7 @@ from benchmarks.material import STUDENT_LAYERS, TEACHER, make_cache
 from cache_schema import CacheReader
 from workers.distill.config import DistillConfig
 from workers.distill.train import prepare
+from workers.ranks import Ranks
 
 LOSSES = ("sft", "bild", "t_ld", "topk_kl", "kl")
 
@@ -46,7 +47,7 @@ def steps_of(loss: str, cache: Path, dtype: str, num_steps: int) -> Iterator[dic
             "micro_batch_sequences": 8,
         }
     )
-    return prepare(config, [CacheReader(cache)], Path("no-such-run"), torch.device("cpu")).steps()
+    return prepare(config, [CacheReader(cache)], Path("no-such-run"), Ranks(torch.device("cpu"))).steps()
 
 
 if __name__ == "__main__":

@@ -56,7 +56,12 @@ def distill(
     dtype: Annotated[str | None, typer.Option(help="bfloat16 (default: autocast) or float32.")] = None,
     device: Device = None,
     eval_cache: Annotated[str | None, typer.Option(help="Held-out cache to evaluate on before and after.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    engine: Annotated[str | None, typer.Option(help="torch (default; DDP under torchrun), fsdp2 or deepspeed.")] = None,
+    zero_stage: Annotated[int | None, typer.Option(help="DeepSpeed's, 0 to 3. [default: 2]")] = None,
+    deepspeed_config: Annotated[str | None, typer.Option(help="A DeepSpeed JSON file for --engine deepspeed.")] = None,
+    keep_checkpoints: Annotated[int | None, typer.Option(help="Keep the latest so many, for good.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or begin it.")] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True, help="Given by `deepspeed`.")] = None,
     config: ConfigFile = None,
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what the run would do.")] = False,
@@ -90,6 +95,10 @@ def distill(
         "dtype": dtype,
         "device": device,
         "eval_cache": eval_cache,
+        "engine.name": engine,
+        "engine.zero_stage": zero_stage,
+        "engine.deepspeed_config": deepspeed_config,
+        "keep_checkpoints": keep_checkpoints,
     }
     run_dir = required(out, "--out", "the run directory to make")
     if resume and config is None and not cache and (run_dir / "config.toml").exists():
@@ -100,7 +109,8 @@ def distill(
         show(work, json_output, lambda: work_in_words(work))
         return
     summary = run(settled, run_dir, resume=resume)
-    show(summary, json_output, lambda: run_in_words(summary))
+    if summary is not None:  # of several ranks, the first one's
+        show(summary, json_output, lambda: run_in_words(summary))
 
 
 def evaluate(

@@ -3,8 +3,8 @@
 import re
 import resource
 import shutil
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,62 +12,85 @@ from typing import Any
 import torch
 
 from cache_schema.reader import CacheReader
-from cache_schema.storage import exclusive, publish_directory
+from cache_schema.storage import exclusive
 from pipeline.evaluation import measure, require_top_k
+from pipeline.evaluations import Evaluations, require_metric
 from pipeline.fetching import at_hand
 from pipeline.progress import progress_bar, say
 from pipeline.run_record import RunRecord
+from pipeline.stopping import stop_asked
+from pipeline.students import save_best, save_models
 from workers.device import device_name, resolve_device
 from workers.distill.checkpoint import FOLDER, save_checkpoint
 from workers.distill.checks import asked_of, check, needs_lookups
 from workers.distill.config import DistillConfig
+from workers.distill.engines.opening import check_engine
 from workers.distill.loss_config import LossConfig
 from workers.distill.order import ORDER_VERSION
 from workers.distill.terms import losses_of
 from workers.distill.train import Training, num_steps_of, order_of, prepare
 from workers.errors import InputError
 from workers.lookup.opening import open_log, source_of_misses
+from workers.ranks import Ranks, joined
 from workers.teacher.checkpoint import identity_of
-from workers.tokenizers import load_tokenizer
 
 
-def run(config: DistillConfig, run_dir: Path, *, resume: bool) -> dict[str, Any]:
+def run(config: DistillConfig, run_dir: Path, *, resume: bool) -> dict[str, Any] | None:
     """Train, or go on training, a student; returns the summary. A finished run is returned as it is.
 
-    Nothing is written before every check has passed and the models are loaded.
+    Nothing is written before every check has passed and the models are loaded. Of several ranks the first writes, and
+    the others return None. A run that SIGTERM has stopped returns where, under ``stopped``.
 
     Raises:
         InputError, CacheError: something does not fit; see ``workers.distill.train.prepare``.
     """
+    with joined(config.device, needs_group=config.engine.name != "torch") as ranks:
+        summary = _run(config, run_dir, ranks, resume=resume)
+        return summary if ranks.is_first else None
+
+
+def _run(config: DistillConfig, run_dir: Path, ranks: Ranks, *, resume: bool) -> dict[str, Any]:
     record = RunRecord(run_dir)
-    readers, eval_reader, device = check_all(config)
-    made_of = _made_of(config, readers, eval_reader, device)
+    readers, eval_reader = ranks.together(lambda: check_all(config))
+    made_of = ranks.from_first(lambda: _made_of(config, readers, eval_reader, ranks))
     asked = config.model_dump(mode="json")
-    record.find(asked, made_of, resume=resume)  # refuses another run's directory before anything is made
-    with exclusive(run_dir):
-        finished = record.find(asked, made_of, resume=resume)
+    # Refuses another run's directory before anything is made.
+    ranks.from_first(lambda: record.find(asked, made_of, resume=resume))
+    with ExitStack() as held:
+        ranks.from_first(lambda: held.enter_context(exclusive(run_dir)))
+        finished = ranks.from_first(lambda: record.find(asked, made_of, resume=resume))
         if finished is not None:
-            shutil.rmtree(run_dir / FOLDER, ignore_errors=True)  # where a kill came between the summary and this
+            ranks.from_first(lambda: _discard_checkpoints(config, record))  # where a kill came before it
             return finished
-        record.discard_leftovers()
-        _say_what_is_bounded(config, readers)
-        with closing(prepare(config, readers, run_dir, device)) as training:
-            before = _evaluate(training, eval_reader) if training.first_step == 0 else record.eval_before()
-            record.begin(asked, made_of, before)
-            _train(training, record, eval_reader)
+        ranks.from_first(record.discard_leftovers)
+        if ranks.is_first:
+            _say_what_is_bounded(config, readers)
+        is_asked_to_stop = held.enter_context(stop_asked())
+        with closing(ranks.together(lambda: prepare(config, readers, run_dir, ranks))) as training:
+            before = ranks.from_first(record.eval_before) if training.first_step else _evaluate(training, eval_reader)
+            ranks.from_first(lambda: record.begin(asked, made_of, before))
+            past = ranks.from_first(lambda: record.metrics(training.first_step))
+            evaluations = Evaluations.of(config, past, eval_reader.plan.top_k if eval_reader else 0)
+            done = _train(training, record, eval_reader, evaluations, is_asked_to_stop)
+            if done < training.num_steps and not evaluations.are_over:
+                return {"run": str(run_dir), "steps": done, "of_steps": training.num_steps, "stopped": True}
             after = _evaluate(training, eval_reader)
-            _save_model(training, record)
-        summary = record.finish({"peak_memory_bytes": _peak_memory_bytes(device), "eval_before": before, "eval": after})
-        shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+            extra = save_models(training, record, evaluations, done, after)
+        peak = max(ranks.gather(_peak_memory_bytes(ranks.device)))
+        extra |= {"peak_memory_bytes": peak, "ranks": ranks.size, "eval_before": before, "eval": after}
+        summary = ranks.from_first(lambda: record.finish(extra))
+        ranks.from_first(lambda: _discard_checkpoints(config, record))
     return summary
 
 
-def check_all(config: DistillConfig) -> tuple[list[CacheReader], CacheReader | None, torch.device]:
-    """Open the caches and find the device, refusing from files alone what cannot be trained."""
+def check_all(config: DistillConfig) -> tuple[list[CacheReader], CacheReader | None]:
+    """Open the caches, refusing from files alone what cannot be trained."""
+    check_engine(config)
+    resolve_device(config.device)
     for location in config.cache:
         at_hand(location)  # with a progress bar, before it is looked at
     readers = check(config)
-    return readers, _eval_reader(config, readers[0]), resolve_device(config.device)
+    return readers, _eval_reader(config, readers[0])
 
 
 def expected_work(config: DistillConfig, readers: Sequence[CacheReader]) -> dict[str, Any]:
@@ -100,17 +123,45 @@ def _say_what_is_bounded(config: DistillConfig, readers: Sequence[CacheReader]) 
             )
 
 
-def _train(training: Training, record: RunRecord, eval_reader: CacheReader | None) -> None:
-    config = training.config
-    with record.open_metrics(training.first_step) as metrics, progress_bar("distilling") as progress:
-        for step in training.steps():
+def _train(
+    training: Training,
+    record: RunRecord,
+    eval_reader: CacheReader | None,
+    evaluations: Evaluations,
+    is_asked_to_stop: Callable[[], bool],
+) -> int:
+    """To the last step, or to where the run is asked to stop or evaluations improve no more; returns the steps done."""
+    config, ranks, done = training.config, training.ranks, training.first_step
+    with ExitStack() as opened:
+        metrics = ranks.together(lambda: opened.enter_context(record.open_metrics(done)) if ranks.is_first else None)
+        progress = opened.enter_context(progress_bar("distilling", shown=ranks.is_first))
+        steps = training.steps(is_asked_to_stop)
+        while not evaluations.are_over and (step := next(steps, None)):
             done = step["step"]
             if eval_reader and config.eval_every and done % config.eval_every == 0 and done < training.num_steps:
                 step["eval"] = _evaluate(training, eval_reader)
-            record.append(metrics, step)
-            if done % config.checkpoint_every == 0 or done == training.num_steps:
-                save_checkpoint(record.run_dir, done, training.student, training.optimizer, training.moving)
+                if evaluations.add(done, step["eval"]):
+                    save_best(training, record, done)
+            if metrics:
+                record.append(metrics, step)
+            if done % config.checkpoint_every == 0:
+                _checkpoint(training, record, done, evaluations)
             progress(done, training.num_steps)
+    _checkpoint(training, record, done, evaluations)
+    return done
+
+
+def _checkpoint(training: Training, record: RunRecord, done: int, evaluations: Evaluations) -> None:
+    """Of a run that has begun; students that a resumed run will not look back at go."""
+    if done:
+        keep = training.config.keep_checkpoints or 1
+        save_checkpoint(record.run_dir, done, training.engine, training.moving, training.ranks, keep=keep)
+        training.ranks.from_first(lambda: record.keep_best(evaluations.best_step))
+
+
+def _discard_checkpoints(config: DistillConfig, record: RunRecord) -> None:
+    if config.keep_checkpoints is None:
+        shutil.rmtree(record.run_dir / FOLDER, ignore_errors=True)
 
 
 def _eval_reader(config: DistillConfig, reader: CacheReader) -> CacheReader | None:
@@ -118,6 +169,8 @@ def _eval_reader(config: DistillConfig, reader: CacheReader) -> CacheReader | No
         return None
     held_out = CacheReader(at_hand(config.eval_cache))
     require_top_k(held_out)
+    if config.early_stopping is not None:
+        require_metric(config.early_stopping, held_out)
     if held_out.plan.tokenizer.fingerprint != reader.plan.tokenizer.fingerprint:
         raise InputError(
             f"--eval-cache {config.eval_cache} was made with another tokenizer than {reader.cache_dir}: dump it with "
@@ -129,13 +182,11 @@ def _eval_reader(config: DistillConfig, reader: CacheReader) -> CacheReader | No
 def _evaluate(training: Training, eval_reader: CacheReader | None) -> dict[str, Any] | None:
     if eval_reader is None:
         return None
-    measured = measure(training.student.model, eval_reader, training.device, training.config.lookups.dir)
-    training.student.train()
-    return measured
+    return measure(training.engine.measure, eval_reader, training.ranks, training.config.lookups.dir)
 
 
 def _made_of(
-    config: DistillConfig, readers: Sequence[CacheReader], eval_reader: CacheReader | None, device: torch.device
+    config: DistillConfig, readers: Sequence[CacheReader], eval_reader: CacheReader | None, ranks: Ranks
 ) -> dict[str, Any]:
     """What the config names by path, by content; and what it ran on."""
     import transformers
@@ -146,7 +197,7 @@ def _made_of(
         "student_fingerprint": identity_of(config.student, None).fingerprint,
         "loss_parameters": {part: _parameters_in_full(loss, readers) for part, loss in losses_of(config).items()},
         "order_version": ORDER_VERSION,
-        "device": device_name(device),
+        "device": device_name(ranks.device),
         "versions": {
             "logit-cache": version("logit-cache"),
             "torch": torch.__version__,
@@ -160,23 +211,6 @@ def _parameters_in_full(loss: LossConfig, readers: Sequence[CacheReader]) -> dic
     top_k, vocab_size = min(reader.plan.top_k for reader in readers), readers[0].plan.tokenizer.vocab_size
     tables: dict[str, Any] = {summand.loss.name: summand.parameters(top_k, vocab_size) for summand in loss.summands}
     return tables if len(tables) > 1 else tables.popitem()[1]
-
-
-def _save_model(training: Training, record: RunRecord) -> None:
-    """Publish the student as a plain Hugging Face model with the cache's tokenizer."""
-    if record.model_dir.exists():
-        return
-    model = training.student.model
-    tokenizer_dir, responses = training.readers[0].tokenizer_dir, training.readers[0].plan.responses
-    ends = responses.end_token_ids if responses else (load_tokenizer(str(tokenizer_dir)).eos_token_id,)
-    if model.generation_config is not None:
-        # It was trained to end as the teacher does, which need not be how the base model did.
-        known = model.generation_config.eos_token_id
-        known = known if isinstance(known, list) else [known]
-        model.generation_config.eos_token_id = sorted({end for end in (*ends, *known) if end is not None}) or None
-    with publish_directory(record.model_dir) as temporary:
-        model.save_pretrained(temporary)
-        shutil.copytree(tokenizer_dir, temporary, dirs_exist_ok=True)
 
 
 def _peak_memory_bytes(device: torch.device) -> int:

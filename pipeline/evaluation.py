@@ -1,9 +1,11 @@
 """``pipeline evaluate``: a model against a held-out cache."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from cache_schema.errors import CacheError
 from cache_schema.reader import CacheReader
@@ -12,6 +14,7 @@ from workers.device import resolve_device
 from workers.errors import InputError
 from workers.evaluate.overlap import evaluate_on_cache
 from workers.lookup.opening import ladder_of_whole_rows
+from workers.ranks import Ranks
 from workers.teacher.checkpoint import (
     load_model,
     model_directory,
@@ -20,6 +23,8 @@ from workers.teacher.checkpoint import (
     require_vocabulary,
 )
 from workers.tokenizers import check_same_vocabulary, load_tokenizer
+
+T = TypeVar("T")
 
 
 def evaluate_model(model: str, cache_dir: Path, device_name: str, lookups: Path | None = None) -> dict[str, Any]:
@@ -39,7 +44,13 @@ def evaluate_model(model: str, cache_dir: Path, device_name: str, lookups: Path 
     require_finite(model, loaded)
     require_vocabulary(loaded, reader.plan.tokenizer.vocab_size)
     require_plain_head(loaded, reader.plan.tokenizer.vocab_size)
-    return measure(loaded, reader, device, str(lookups) if lookups else None)
+    loaded.eval()
+
+    def run(job: Callable[[Any], T]) -> T:
+        with torch.inference_mode():
+            return job(loaded)
+
+    return measure(run, reader, Ranks(device), str(lookups) if lookups else None)
 
 
 def require_top_k(reader: CacheReader) -> None:
@@ -55,19 +66,25 @@ def require_top_k(reader: CacheReader) -> None:
         )
 
 
-def measure(model: Any, reader: CacheReader, device: torch.device, lookups_dir: str | None) -> dict[str, Any]:
-    """A loaded model against a held-out cache. A log that cannot be read costs the KL and no more.
+def measure(
+    run: Callable[[Callable[[Any], Tensor]], Tensor], reader: CacheReader, ranks: Ranks, lookups_dir: str | None
+) -> dict[str, Any]:
+    """A model that ``run`` calls its argument with, against a held-out cache. Collective.
+
+    A log that cannot be read costs the KL and no more.
 
     Raises:
         InputError: the cache stores draws.
     """
     require_top_k(reader)
     try:
-        ladder = ladder_of_whole_rows(reader, device, lookups_dir)
+        ladder = ladder_of_whole_rows(reader, ranks.device, lookups_dir)
     except (CacheError, OSError) as error:
         if reader.has_hidden_states:
             raise
         say(f"warning: no KL, the lookup log of {reader.cache_dir} cannot be used: {error}")
         ladder = None
-    with progress_bar("evaluating") as progress:
-        return evaluate_on_cache(model, reader, ladder, device, progress)
+    if not all(ranks.gather(ladder is not None)):
+        ladder = None
+    with progress_bar("evaluating", shown=ranks.is_first) as progress:
+        return evaluate_on_cache(run, reader, ladder, ranks, progress)

@@ -20,6 +20,7 @@ from pipeline.teacher_dump import Prepared
 from workers.distill.config import DistillConfig, OptimizerConfig
 from workers.distill.train import Training, prepare
 from workers.evaluate.misses import TOP_KS, Misses, measure_misses, tail_beyond
+from workers.ranks import Ranks
 from workers.teacher.batches import batches
 from workers.teacher.dump import dump
 from workers.teacher.int8 import measure_int8
@@ -191,10 +192,10 @@ def student_misses(
         sequences_per_step=_SEQUENCES_PER_STEP,
         optimizer=OptimizerConfig(lr=lr),
     )
-    training = prepare(config, [pilot.trained], folder / "run", device)
+    training = prepare(config, [pilot.trained], folder / "run", Ranks(device))
     with closing(training):
         misses = {"before": _count(training, pilot.held_out, k, top_ks)}
-        training.student.train()
+        training.engine.student.train()
         with progress_bar("training on the pilot") as progress:
             for step in training.steps():
                 progress(step["step"], training.num_steps)
@@ -202,5 +203,5 @@ def student_misses(
 
 
 def _count(training: Training, reader: CacheReader, k: int, top_ks: Sequence[int]) -> Misses:
-    model, indexes = training.student.model, range(len(reader))
-    return measure_misses(model, reader, indexes, k=k, top_ks=top_ks, device=training.device)
+    model, indexes = training.engine.student.model, range(len(reader))
+    return measure_misses(model, reader, indexes, k=k, top_ks=top_ks, device=training.ranks.device)

@@ -6,6 +6,7 @@ its summary is there. Metrics are flushed step by step; resuming drops those aft
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +22,12 @@ RUN_NAME = "run.json"
 CONFIG_NAME = "config.toml"
 METRICS_NAME = "metrics.jsonl"
 MODEL_NAME = "model"
+EMA_NAME = "ema"
+BEST_NAME = "best"
 # Paths, which the fingerprints beside them say better, and what changes nothing of the training.
 _NOT_COMPARED = {
-    "cache", "eval_cache", "student", "teacher", "lookups", "device", "versions", "checkpoint_every", "eval_every"
+    "cache", "eval_cache", "student", "teacher", "lookups", "device", "versions", "checkpoint_every", "eval_every",
+    "keep_checkpoints", "micro_batch_sequences", "gradient_checkpointing", "engine",
 }  # fmt: skip
 
 
@@ -38,12 +42,16 @@ class RunRecord:
         return self.run_dir / MODEL_NAME
 
     @property
+    def ema_dir(self) -> Path:
+        return self.run_dir / EMA_NAME
+
+    @property
     def config_path(self) -> Path:
         return self.run_dir / CONFIG_NAME
 
     def discard_leftovers(self) -> None:
         """Remove what a killed run left half-written; the caller holds the directory's lock."""
-        names = [RUN_NAME, CONFIG_NAME, METRICS_NAME, MODEL_NAME]
+        names = [RUN_NAME, CONFIG_NAME, METRICS_NAME, MODEL_NAME, EMA_NAME]
         for path in [self.run_dir / name for name in names]:
             discard_leftovers(path)
 
@@ -88,8 +96,7 @@ class RunRecord:
     def open_metrics(self, first_step: int) -> IO[str]:
         """Metrics file to append to, holding the records of the first ``first_step`` steps alone."""
         path = self.run_dir / METRICS_NAME
-        records = self.metrics()
-        kept = [record for record in records if record["step"] <= first_step]
+        records, kept = self.metrics(), self.metrics(first_step)
         if len(kept) != first_step:
             raise InputError(
                 f"{path} holds {len(kept)} of the {first_step} steps before the checkpoint: restore it, or delete "
@@ -121,16 +128,33 @@ class RunRecord:
         except OSError as error:
             raise refused(self.run_dir / METRICS_NAME, error) from error
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Records of the steps done; a last line torn by a kill is left out."""
+    def metrics(self, num_steps: int | None = None) -> list[dict[str, Any]]:
+        """Records of the steps done, or of the first ``num_steps``; a last line torn by a kill is left out."""
         path = self.run_dir / METRICS_NAME
         if not path.exists():
             return []
         lines = path.read_text(encoding="utf-8").split("\n")
         try:
-            return [json.loads(line) for line in lines[:-1]]
+            records = [json.loads(line) for line in lines[:-1]]
         except ValueError as error:
             raise InputError(f"{path} is damaged: {error}. Restore it, or train again in another --out.") from None
+
+        return [record for record in records if num_steps is None or record["step"] <= num_steps]
+
+    @property
+    def best_dir(self) -> Path:
+        return self.run_dir / BEST_NAME
+
+    def best_model_dir(self, step: int) -> Path:
+        return self.best_dir / f"step-{step:06d}"
+
+    def keep_best(self, step: int | None) -> None:
+        """Remove every best student but that of the step."""
+        for folder in self.best_dir.iterdir() if self.best_dir.exists() else ():
+            if step is None or folder != self.best_model_dir(step):
+                shutil.rmtree(folder)
+        if step is None:
+            shutil.rmtree(self.best_dir, ignore_errors=True)
 
     def finish(self, extra: dict[str, Any]) -> dict[str, Any]:
         """Add up the metrics into the summary and write it into ``run.json``."""

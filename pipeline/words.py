@@ -66,6 +66,11 @@ def work_in_words(work: dict[str, Any]) -> str:
 
 
 def run_in_words(summary: dict[str, Any]) -> str:
+    if "stopped" in summary:
+        return (
+            f"{summary['run']}: stopped after {summary['steps']:,} of {summary['of_steps']:,} steps; "
+            f"`pipeline distill --resume --out {summary['run']}` goes on"
+        )
     pairs = sum(summary["lookups"].values())
     tiers = ", ".join(f"{tier} {count:,}" for tier, count in summary["lookups"].items() if count)
     lines = [
@@ -80,6 +85,8 @@ def run_in_words(summary: dict[str, Any]) -> str:
     for label, measured in (("before", summary["eval_before"]), ("after", summary["eval"])):
         if measured:
             lines.append(f"  {label:<9} {_measured_line(measured)}")
+    if best := summary.get("best"):
+        lines.append(f"  best      step {best['step']:,}: {best['model']}")
     return "\n".join([*lines, f"  model     {summary['model']}"])
 
 

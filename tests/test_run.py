@@ -28,7 +28,7 @@ def distill(cache: Path, student: Path, out: Path, *options: object) -> Result:
 def stop_after(cache: Path, student: Path, out: Path, monkeypatch: pytest.MonkeyPatch, num_steps: int) -> None:
     """Leave a run as a kill after ``num_steps`` would, with a checkpoint every second step."""
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.distill._save_model", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("pipeline.distill.save_models", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         result = distill(cache, student, out, "--set", "checkpoint_every=2")
     assert result.code == 130
     assert "interrupted; finished work is kept" in result.err

@@ -192,7 +192,7 @@ def parts_of(terms):
 
 
 def for_step(terms, batches):
-    return [term.for_step(batches) for term in terms]
+    return [term.scaled(term.weight_in(batches)) for term in terms]
 
 
 def gradients(model):
@@ -207,7 +207,7 @@ def step(tiny, model, terms, splits, **options):
     batches = [collate(tiny.reader, indexes, parts_of(terms), CPU) for indexes in splits]
     total, shares = 0.0, 0.0
     for batch in batches:
-        loss, share = module(batch, for_step(terms, batches))
+        loss, share = module.share(batch, for_step(terms, batches))
         loss.backward()
         total, shares = total + float(loss.detach()), shares + share.double()
     return total, shares, gradients(model)
@@ -351,7 +351,7 @@ def test_what_stands_in_the_padding_changes_nothing(tiny, name):
     wide[inside] = batch.input_ids_BT[inside[:, : batch.input_ids_BT.shape[1]]]
     found = []
     for padded in (batch, dataclasses.replace(batch, input_ids_BT=wide)):
-        loss = module(padded, for_step(terms, [batch]))[0]
+        loss = module.share(padded, for_step(terms, [batch]))[0]
         loss.backward()
         found.append((float(loss.detach()), gradients(model)))
     assert relative_error(found[1], found[0]) < 1e-4
@@ -369,7 +369,7 @@ def test_chunks_of_the_head_change_memory_not_the_training(tiny, monkeypatch, na
 def test_lookups_are_counted_for_the_ids_the_student_leads_with(tiny):
     model, batch = build_student(), collate(tiny.reader, range(7), ["response"], CPU)
     module = module_of(tiny, model)
-    module(batch, for_step(TERMS["bild"], [batch]))
+    module.share(batch, for_step(TERMS["bild"], [batch]))
     counts, forwards = module._ladders[0].take_counts()
     assert sum(counts.values()) == 8 * batch.num_positions("response")
     assert counts["cached"] + counts["hidden"] == sum(counts.values())
@@ -388,7 +388,7 @@ def test_a_part_without_positions_is_a_zero_that_backpropagates(tiny):
     )
     for terms in (TERMS["bild"], TERMS["sft"]):
         empty = dataclasses.replace(batch, parts={"response": nothing})
-        loss, shares = module_of(tiny, model)(empty, for_step(terms, [empty]))
+        loss, shares = module_of(tiny, model).share(empty, for_step(terms, [empty]))
         loss.backward()
         assert float(loss.detach()) == float(shares.sum()) == 0.0
         assert not any(gradient.any() for gradient in gradients(model).values())

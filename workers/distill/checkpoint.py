@@ -1,44 +1,48 @@
-"""A run's state between two steps, in safetensors: weights, AdamW's moments, random state, targets that move.
+"""A run's state between two steps: weights, the optimizer's state and targets that move, by parameter name.
 
-The rest is the config's.
+Every tensor is stored whole, in safetensors, whatever engine trained it on however many ranks, so that any other can go
+on with it. Each rank writes a part of them. Data order, learning rate and random numbers are functions of the step.
 """
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from cache_schema.storage import publish_directory
+from workers.distill.engines.engine import Engine
 from workers.distill.taid import TaidSchedule
 from workers.errors import InputError
+from workers.ranks import Ranks
 
 FOLDER = "checkpoints"
-_CPU_RNG, _CUDA_RNG = "rng/cpu", "rng/cuda"
+_STATE_NAME = "state.json"
 
 
 def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    moving: Mapping[int, TaidSchedule],
+    run_dir: Path, step: int, engine: Engine, moving: Mapping[int, TaidSchedule], ranks: Ranks, *, keep: int
 ) -> None:
-    """Publish the state after ``step`` steps as a whole, then delete the older ones."""
-    name = f"step-{step:06d}"
-    if (run_dir / FOLDER / name).exists():
+    """Publish the state after ``step`` steps as a whole, then delete all but the latest ``keep``. Collective."""
+    folder = run_dir / FOLDER / f"step-{step:06d}"
+    if ranks.from_first(folder.exists):
         return
-    with publish_directory(run_dir / FOLDER / name) as temporary:
-        # Each parameter once, also where two modules share it.
-        weights = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-        save_file(weights, temporary / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizer) | _moving_tensors(moving), temporary / "optimizer.safetensors")
-    for folder in (run_dir / FOLDER).iterdir():  # older ones, and what a kill left of one half-written
-        if folder.name != name:
-            shutil.rmtree(folder)
+    weights, optimizer = _own_part(engine, ranks)
+    with ExitStack() as published:
+        temporary = ranks.from_first(lambda: published.enter_context(publish_directory(folder)))
+        ranks.together(lambda: save_file(weights, temporary / f"model-{ranks.rank:05d}.safetensors"))
+        ranks.together(lambda: save_file(optimizer, temporary / f"optimizer-{ranks.rank:05d}.safetensors"))
+        if ranks.is_first:
+            state = {"ranks": ranks.size, "moving": {place: schedule.state() for place, schedule in moving.items()}}
+            (temporary / _STATE_NAME).write_text(json.dumps(state), encoding="utf-8")
+    if ranks.is_first:
+        for older in sorted(folder.parent.glob("step-*"))[:-keep]:
+            shutil.rmtree(older)
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -46,51 +50,63 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return folders[-1] if folders else None
 
 
-def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, moving: Mapping[int, TaidSchedule]
-) -> int:
-    """Put a checkpoint back into model, optimizer, moving targets and random state. Returns the steps already done.
+def load_checkpoint(folder: Path, engine: Engine, moving: Mapping[int, TaidSchedule]) -> int:
+    """Put a checkpoint back into the engine and the moving targets. Returns the steps already done.
 
     Raises:
         InputError: it is damaged or of another model.
     """
     try:
-        weights = load_file(folder / "model.safetensors")
-        tensors = load_file(folder / "optimizer.safetensors")
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
-                # A parameter that never had a gradient has no moments.
-                if f"{name}/step" in tensors:
-                    optimizer.state[parameter] = {
-                        "step": tensors[f"{name}/step"],
-                        "exp_avg": tensors[f"{name}/exp_avg"].to(parameter.device),
-                        "exp_avg_sq": tensors[f"{name}/exp_avg_sq"].to(parameter.device),
-                    }
+        state = json.loads((folder / _STATE_NAME).read_text(encoding="utf-8"))
+        parts = range(state["ranks"])
+        with ExitStack() as files:
+            weights, optimizer = (
+                _Stored([folder / f"{kind}-{part:05d}.safetensors" for part in parts], files)
+                for kind in ("model", "optimizer")
+            )
+            engine.restore(weights, optimizer)
         for place, schedule in moving.items():
-            t, momentum, previous = tensors[f"taid/{place}"].tolist()
-            schedule.restore((t, momentum, previous))
-        torch.set_rng_state(tensors[_CPU_RNG])
-        device = next(model.parameters()).device
-        if device.type == "cuda" and _CUDA_RNG in tensors:
-            torch.cuda.set_rng_state(tensors[_CUDA_RNG], device)
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+            schedule.restore(state["moving"][str(place)])
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"{folder} cannot be resumed from: {error}. Delete it to go on from an older checkpoint or the beginning."
         ) from error
     return int(folder.name.removeprefix("step-"))
 
 
-def _moving_tensors(moving: Mapping[int, TaidSchedule]) -> dict[str, Tensor]:
-    return {f"taid/{place}": torch.tensor(schedule.state(), dtype=torch.float64) for place, schedule in moving.items()}
+def _own_part(engine: Engine, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights and the optimizer's state that this rank writes: those of about as many numbers as any other's."""
+    weights: dict[str, Tensor] = {}
+    optimizer: dict[str, Tensor] = {}
+    given = [0] * ranks.size
+    for name, weight, state in engine.state():
+        owner = given.index(min(given))
+        given[owner] += weight.numel()
+        if owner == ranks.rank:
+            weights[name] = weight.cpu().contiguous()
+            # Cloned where they are small: several may be views of one number.
+            optimizer |= {
+                f"{name}/{key}": value.cpu().clone() if value.ndim == 0 else value.cpu().contiguous()
+                for key, value in state.items()
+            }
+    return weights, optimizer
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {_CPU_RNG: torch.get_rng_state()}
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        tensors[_CUDA_RNG] = torch.cuda.get_rng_state(device)
-    for name, parameter in model.named_parameters():
-        if parameter in optimizer.state:
-            tensors |= {f"{name}/{key}": value.contiguous() for key, value in optimizer.state[parameter].items()}
-    return tensors
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of some safetensors files, each read when asked for."""
+
+    def __init__(self, files: Sequence[Path], stack: ExitStack) -> None:
+        self._file_of: dict[str, Any] = {}
+        for path in files:
+            file = stack.enter_context(safe_open(path, "pt"))
+            self._file_of |= dict.fromkeys(file.keys(), file)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)

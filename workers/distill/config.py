@@ -13,18 +13,56 @@ class _Section(BaseModel):
 
 
 class OptimizerConfig(_Section):
-    """AdamW with linear warm-up and cosine decay to zero."""
+    """AdamW on float32 weights, with warm-up and decay of the learning rate."""
 
+    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """adamw is torch's, fused; the others are those of bitsandbytes."""
     lr: float = Field(2e-5, gt=0, allow_inf_nan=False)
     """Highest learning rate, reached after the warm-up."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """AdamW's decay rates of the first and second moment."""
-    weight_decay: float = Field(1e-4, ge=0, allow_inf_nan=False)
-    """AdamW's, on every weight."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     warmup: float = Field(0.1, ge=0, le=1)
     """Share of the steps over which the learning rate rises to ``lr``."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """The same in steps; wins over ``warmup``."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Share of ``lr`` that the schedule ends with."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
+    """AdamW's, added to the root of the second moment."""
+    weight_decay: float = Field(1e-4, ge=0, allow_inf_nan=False)
+    """AdamW's, on matrices; norms and biases do not decay."""
     max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Gradients are scaled down to this L2 norm."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep an average of the weights, of this decay a step, and save it as a student of its own."""
+
+
+class EngineConfig(_Section):
+    """What the student's weights, gradients and moments are held and updated by."""
+
+    name: Literal["torch", "fsdp2", "deepspeed"] = "torch"
+    """torch: whole on every rank (DDP where there are several); fsdp2: in shards; deepspeed: by ``zero_stage``."""
+    zero_stage: int = Field(2, ge=0, le=3)
+    """DeepSpeed divides over the ranks, 1: moments and float32 weights; 2: gradients too; 3: weights too."""
+    offload_optimizer: str | None = None
+    """DeepSpeed: keep moments and float32 weights in memory (``cpu``) or in a directory on a local NVMe."""
+    offload_parameters: str | None = None
+    """The same for the weights of stage 3."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed JSON file; what it says of this run must be "auto", absent or the same."""
+
+
+class EarlyStoppingConfig(_Section):
+    """End a run that the evaluations every ``eval_every`` steps no longer see improve."""
+
+    metric: Literal["overlap@8", "kl", "loss"] = "overlap@8"
+    """Of the evaluation on ``eval_cache``; overlap is to rise, the others are to fall."""
+    patience: int = Field(3, ge=1)
+    """Evaluations without improvement, one after the other, that end the run."""
+    min_delta: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """What a value must be better by to be an improvement."""
 
 
 class DistillConfig(_Section):
@@ -52,17 +90,22 @@ class DistillConfig(_Section):
     """bfloat16 is autocast over float32 weights."""
     device: str = "auto"
     sequences_per_step: int = Field(8, ge=1)
-    """Sequences of one optimizer step."""
+    """Sequences of one optimizer step, of all ranks together."""
     micro_batch_sequences: int = Field(4, ge=1)
-    """Sequences the student reads at once; changes memory, not the training."""
+    """Sequences the student reads at once on a rank; changes memory, not the training."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward instead of keeping them."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
     checkpoint_every: int = Field(100, ge=1)
     """Steps between checkpoints; a killed run loses fewer than this."""
+    keep_checkpoints: int | None = Field(None, ge=1)
+    """The latest so many stay, also when the run is finished; None keeps one, until then."""
     eval_cache: str | None = None
     eval_every: int | None = Field(None, ge=1)
     """Steps between evaluations on ``eval_cache``; None evaluates before the first step and after the last."""
+    early_stopping: EarlyStoppingConfig | None = None
+    """End the run before its last step where evaluations improve no more."""
 
     @model_validator(mode="before")
     @classmethod
@@ -89,6 +132,8 @@ class DistillConfig(_Section):
 
     @model_validator(mode="after")
     def _a_weight_a_cache(self) -> "DistillConfig":
+        if self.early_stopping and not (self.eval_cache and self.eval_every):
+            raise ValueError("early_stopping looks at evaluations: give eval_cache and eval_every")
         if self.weights is not None and len(self.weights) != len(self.cache):
             raise ValueError(f"weights has {len(self.weights)} entries for {len(self.cache)} caches: give one a cache")
         if len(set(self.cache)) != len(self.cache):

@@ -7,10 +7,10 @@ Shape suffixes: B = sequences, T = tokens, N = positions, C = positions of a chu
 K = leading ids, S = terms.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,14 @@ from workers.losses.targets import Drawn, Targets, TopK, tail_below
 from workers.teacher.checkpoint import body_of
 from workers.teacher.lm_head import LMHead, head_of
 
+R = TypeVar("R")
+
 
 class StudentLoss(nn.Module):
-    """A student with its loss as one module: what DDP or DeepSpeed would wrap, so no parameter is used behind it."""
+    """A student with its loss as one module, which DDP, FSDP2 or DeepSpeed wrap.
+
+    They see parameters used while the module is called: so whatever reads the student is given to it as a job.
+    """
 
     def __init__(self, model: Any, ladders: Sequence[Ladder], *, vocab_size: int, autocast: bool) -> None:
         super().__init__()
@@ -36,7 +41,10 @@ class StudentLoss(nn.Module):
         self._vocab_size = vocab_size
         self._autocast = autocast
 
-    def forward(self, batch: Batch, terms: Sequence[ScaledTerm]) -> tuple[Tensor, Tensor]:
+    def forward(self, job: Callable[["StudentLoss"], R]) -> R:
+        return job(self)
+
+    def share(self, batch: Batch, terms: Sequence[ScaledTerm]) -> tuple[Tensor, Tensor]:
         """The batch's share of the step's loss: of each term, the sum of its values times its scale.
 
         Under autocast, losses on leading ids read logits of float32 weights, losses on whole rows of bfloat16 ones.
@@ -59,7 +67,10 @@ class StudentLoss(nn.Module):
                 # Autocast leaves the final norm's output in float32; the head's matmuls are a small model's largest.
                 hidden_ND = hidden_ND.to(torch.bfloat16)
             if len(positions) == 0:
-                loss = loss + hidden_ND.sum() * 0.0
+                # Zeros, of every parameter: ranks that have a position wait for this one's gradients.
+                no_ids_N1 = positions.labels_N.unsqueeze(1)
+                head = head_of(self.model, self._vocab_size)
+                loss = loss + hidden_ND.sum() * 0.0 + logits_at(head, hidden_ND, no_ids_N1).sum()
                 continue
             here = [place for place, scaled in enumerate(terms) if scaled.term.part == part]
             sparse = [place for place in here if not terms[place].term.loss.student_row]

@@ -33,10 +33,13 @@ class Term:
         assert isinstance(k, int)
         return k
 
-    def for_step(self, batches: Iterable[Batch]) -> "ScaledTerm":
-        """The same term in a step of these micro-batches."""
-        total = sum(_weight_of(self, batch.parts[self.part]) for batch in batches if self.part in batch.parts)
-        return ScaledTerm(self, self.weight / self.loss.divisor(float(total), self.params))
+    def weight_in(self, batches: Iterable[Batch]) -> float:
+        """What the positions of some micro-batches count together in the term's mean."""
+        return float(sum(_weight_of(self, batch.parts[self.part]) for batch in batches if self.part in batch.parts))
+
+    def scaled(self, total_weight: float) -> "ScaledTerm":
+        """The same term in a step whose positions, of all micro-batches and ranks, count so much."""
+        return ScaledTerm(self, self.weight / self.loss.divisor(total_weight, self.params))
 
 
 @dataclass(frozen=True)

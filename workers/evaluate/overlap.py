@@ -7,6 +7,7 @@ Shape suffixes: N = positions, C = positions of a chunk, V = vocabulary, K = ids
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,61 +15,71 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cache_schema.reader import CacheReader
-from workers.lookup.batch import TeacherPositions, collate
+from workers.lookup.batch import Batch, collate, nothing
 from workers.lookup.ladder import Ladder
 from workers.losses.divergences import kl_divergence
 from workers.ordering import exact_top_k
+from workers.ranks import Ranks
 from workers.teacher.checkpoint import body_of
-from workers.teacher.lm_head import LMHead, chunks, head_of
+from workers.teacher.lm_head import chunks, head_of
 
 OVERLAP_KS = (1, 8, 32)
 _SEQUENCES_PER_BATCH = 4
 
 
 def evaluate_on_cache(
-    model: Any,
+    run: Callable[[Callable[[Any], Tensor]], Tensor],
     reader: CacheReader,
     ladder: Ladder | None,
-    device: torch.device,
+    ranks: Ranks,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """overlap@1/8/32, KL(teacher || student) at temperature 1, top-1 agreement and loss on the trained positions.
 
     Computed in the model's own dtype without autocast. An overlap beyond the cache's top-k is None, and so is
-    the KL without a ladder.
+    the KL without a ladder. Every rank measures a share of the sequences, and all return the same. Collective.
 
     Args:
+        run: calls what it is given with the model, in evaluation mode and without gradients.
         ladder: gives the teacher's whole rows; see ``workers.lookup.opening.ladder_of_whole_rows``.
     """
-    model.eval()
-    head = head_of(model, reader.plan.tokenizer.vocab_size)
     overlap_ks = [k for k in OVERLAP_KS if k <= reader.plan.top_k]
-    columns: list[Tensor] = []
-    sequence_lengths: list[int] = []
-    for first in range(0, len(reader), _SEQUENCES_PER_BATCH):
-        indexes = range(first, min(first + _SEQUENCES_PER_BATCH, len(reader)))
-        batch = collate(reader, indexes, ["response"], device)
+    starts = range(0, len(reader), _SEQUENCES_PER_BATCH)
+    measured: list[tuple[Tensor, list[int]]] = []
+    for number in range(ranks.rank, -(-len(starts) // ranks.size) * ranks.size, ranks.size):
+        if number >= len(starts):
+            # Ranks that have a batch left gather parameters with this one.
+            run(partial(_hidden_states, batch=nothing(["response"], ranks.device)))
+            continue
+        indexes = range(starts[number], min(starts[number] + _SEQUENCES_PER_BATCH, len(reader)))
+        batch = collate(reader, indexes, ["response"], ranks.device)
         if ladder is not None:
             ladder.expect(indexes)
-        positions = batch.parts["response"]
-        with torch.inference_mode():
-            hidden_BTD = body_of(model)(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
-            hidden_ND = hidden_BTD[positions.sequence_of_N, positions.token_of_N]
-            columns.append(_measure(head, hidden_ND, positions, ladder, overlap_ks))
-        sequence_lengths += [len(member.stored_rows) for member in positions.members]
+        columns = run(partial(_measure, reader=reader, batch=batch, ladder=ladder, overlap_ks=overlap_ks))
+        measured.append((columns, [len(member.stored_rows) for member in batch.parts["response"].members]))
         if progress:
             progress(indexes.stop, len(reader))
-    return _summarise(torch.cat(columns), sequence_lengths, overlap_ks, has_kl=ladder is not None)
+    by_rank = ranks.gather(measured)
+    in_order = [by_rank[number % ranks.size][number // ranks.size] for number in range(len(starts))]
+    sequence_lengths = [length for _, lengths in in_order for length in lengths]
+    columns = torch.cat([columns for columns, _ in in_order])
+    return _summarise(columns, sequence_lengths, overlap_ks, has_kl=ladder is not None)
+
+
+def _hidden_states(model: Any, batch: Batch) -> Tensor:
+    """Of the batch's response positions. [N, D]"""
+    positions = batch.parts["response"]
+    hidden_BTD = body_of(model)(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
+    hidden_ND: Tensor = hidden_BTD[positions.sequence_of_N, positions.token_of_N]
+    return hidden_ND
 
 
 def _measure(
-    head: LMHead,
-    hidden_ND: Tensor,
-    positions: TeacherPositions,
-    ladder: Ladder | None,
-    overlap_ks: Sequence[int],
+    model: Any, reader: CacheReader, batch: Batch, ladder: Ladder | None, overlap_ks: Sequence[int]
 ) -> Tensor:
-    """Columns: overlap at each k, loss, KL (0 without hidden states). float64 [N, len(overlap_ks) + 2]"""
+    """Columns: overlap at each k, loss, KL (0 without hidden states). float64 on the CPU [N, len(overlap_ks) + 2]"""
+    hidden_ND, positions = _hidden_states(model, batch), batch.parts["response"]
+    head = head_of(model, reader.plan.tokenizer.vocab_size)
     parts = []
     for chunk in chunks(len(hidden_ND), 4 * 2 * head.vocab_size, hidden_ND.device):
         student_CV = head.logits(hidden_ND[chunk])

@@ -90,6 +90,13 @@ def collate(
     )
 
 
+def nothing(parts: Sequence[Part], device: torch.device) -> Batch:
+    """One token of padding and no position: what a rank reads that has no sequence left."""
+    none, ids_NK = torch.empty(0, device=device), torch.empty(0, 0, device=device)
+    no_positions = TeacherPositions((), none.long(), none.long(), ids_NK.long(), ids_NK, none.long(), none, {})
+    return Batch(0, torch.zeros(1, 1, dtype=torch.int64, device=device), dict.fromkeys(parts, no_positions))
+
+
 def _positions(
     reader: CacheReader, indexes: Sequence[int], scored: Sequence[ScoredSequence], part: Part, device: torch.device
 ) -> TeacherPositions:

@@ -1,0 +1,76 @@
+"""What a run leaves: its student, the best one on the way and an average, each a plain Hugging Face model."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cache_schema.storage import publish_directory
+from pipeline.evaluations import Evaluations
+from pipeline.run_record import RunRecord
+from workers.distill.engines.optimizer import EMA
+from workers.distill.student import load_student
+from workers.distill.train import Training
+from workers.tokenizers import load_tokenizer
+
+
+def save_best(training: Training, record: RunRecord, step: int) -> None:
+    """The student as it now is, which is better than those before. Collective."""
+    _save(training, record.best_model_dir(step))
+
+
+def save_models(
+    training: Training, record: RunRecord, evaluations: Evaluations, done: int, after: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The student at the end of a run; returns what the summary says of it. Collective."""
+    _save(training, record.model_dir)
+    said: dict[str, Any] = {"stopped_early": evaluations.are_over}
+    if training.config.optimizer.ema_decay is not None:
+        _save(training, record.ema_dir, EMA)
+    if training.config.eval_every is None or after is None:
+        return said
+    if not evaluations.are_over:
+        evaluations.add(done, after)
+    best_is_last = evaluations.best_step == done
+    training.ranks.from_first(lambda: record.keep_best(None if best_is_last else evaluations.best_step))
+    assert evaluations.best_step is not None
+    model = record.model_dir if best_is_last else record.best_model_dir(evaluations.best_step)
+    best = {"step": evaluations.best_step, evaluations.metric: evaluations.best_value, "model": str(model)}
+    return said | {"best": best}
+
+
+def _save(training: Training, folder: Path, average: str | None = None) -> None:
+    """Publish the student, or the average of its weights, with the cache's tokenizer. Collective."""
+    ranks = training.ranks
+    if ranks.from_first(folder.exists):
+        return
+    weights: dict[str, Tensor] = {}
+    for name, weight, state in training.engine.state():
+        if ranks.is_first:
+            weights[name.removeprefix("model.")] = (state[average] if average else weight).cpu()
+    if ranks.is_first:
+        model = _plain_model(training, weights)
+        with publish_directory(folder) as temporary:
+            model.save_pretrained(temporary)
+            shutil.copytree(training.readers[0].tokenizer_dir, temporary, dirs_exist_ok=True)
+    ranks.wait()
+
+
+def _plain_model(training: Training, weights: Mapping[str, Tensor]) -> Any:
+    """The student as it was loaded, with the weights it was trained to."""
+    config, reader = training.config, training.readers[0]
+    model = load_student(config.student, config.student_layers, gradient_checkpointing=False)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            model.get_parameter(name).copy_(weight)
+    responses = reader.plan.responses
+    ends = responses.end_token_ids if responses else (load_tokenizer(str(reader.tokenizer_dir)).eos_token_id,)
+    if model.generation_config is not None:
+        # It was trained to end as the teacher does, which need not be how the base model did.
+        known = model.generation_config.eos_token_id
+        known = known if isinstance(known, list) else [known]
+        model.generation_config.eos_token_id = sorted({end for end in (*ends, *known) if end is not None}) or None
+    return model
