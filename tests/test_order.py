@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from workers.distill.order import Order
+from workers.distill.order import Order, Pick, among
 
 
 def steps_of(order, num_steps):
@@ -101,3 +101,16 @@ def test_a_step_is_the_same_whatever_was_asked_before_it(weights):
 def test_the_seed_decides_the_order(weights):
     one, other = (Order((7, 11), weights, sequences_per_step=4, seed=seed) for seed in (0, 1))
     assert steps_of(one, 5) != steps_of(other, 5)
+
+
+def test_an_order_over_kept_sequences_sees_each_of_them_once_an_epoch_and_no_other():
+    kept = [[1, 4, 5, 9], [0, 2]]
+    order = Order([len(indexes) for indexes in kept], None, sequences_per_step=4, seed=0)
+    picks = [pick for step in range(order.steps_per_epoch) for pick in among(order.step(step), kept)]
+    assert sorted((pick.cache, pick.index) for pick in picks) == [(0, 1), (0, 4), (0, 5), (0, 9), (1, 0), (1, 2)]
+
+
+def test_keeping_everything_changes_no_pick():
+    picks = Order((7, 4), None, sequences_per_step=11, seed=0).step(0)
+    assert among(picks, [range(7), range(4)]) == picks
+    assert among([Pick(1, 0)], [[], [3]]) == [Pick(1, 3)]

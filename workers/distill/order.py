@@ -27,7 +27,7 @@ class Order:
     permutation, wherever an epoch ends.
 
     Args:
-        sizes: sequences of each cache.
+        sizes: sequences of each cache; of one that is filtered, those it keeps (see ``among``).
         weights: one a cache, > 0; None is by size.
     """
 
@@ -74,6 +74,15 @@ class Order:
     def _random(self, *key: int) -> np.random.Generator:
         """A stream of its own for each key; in a list of seeds, trailing zeros would not count."""
         return np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=key))
+
+
+def among(picks: Sequence[Pick], kept: Sequence[Sequence[int]]) -> list[Pick]:
+    """The picks of an order over kept sequences, as indexes of the caches.
+
+    Args:
+        kept: of each cache the indexes of the sequences it keeps, as many as the order's size of it.
+    """
+    return [Pick(pick.cache, kept[pick.cache][pick.index]) for pick in picks]
 
 
 def quotas_of(sizes: Sequence[int], weights: Sequence[float] | None) -> tuple[int, ...]:
