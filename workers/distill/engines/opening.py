@@ -7,8 +7,8 @@ from workers.errors import InputError
 from workers.ranks import Ranks
 
 
-def check_engine(config: DistillConfig) -> None:
-    """Refuse, without loading a model, what the engine cannot do.
+def check_engine(config: DistillConfig, ranks: Ranks) -> None:
+    """Refuse, without loading a model, what the engine cannot do, and a file of DeepSpeed's that says otherwise.
 
     Raises:
         InputError: says what to leave out, or which engine can.
@@ -21,6 +21,15 @@ def check_engine(config: DistillConfig) -> None:
         )
     if name == "deepspeed" and optimizer.ema_decay is not None:
         raise InputError("optimizer.ema_decay: DeepSpeed keeps no average of the weights: choose --engine fsdp2.")
+    if name == "deepspeed":
+        from workers.distill.engines.deepspeed_config import deepspeed_config
+
+        if config.peft is not None and config.peft.method == "dora" and config.engine.zero_stage == 3:
+            raise InputError(
+                "peft.method=dora: PEFT reads whole weights where ZeRO-3 holds shards: choose --zero-stage 2, --engine "
+                "fsdp2, or lora."
+            )
+        deepspeed_config(config, num_ranks=ranks.size, hidden_size=1)
 
 
 def open_engine(student: StudentLoss, config: DistillConfig, ranks: Ranks) -> Engine:
