@@ -19,11 +19,12 @@ from torch import Tensor
 from benchmarks.material import STUDENT_LAYERS, TEACHER, add_data_options, dump
 from cache_schema import CacheReader
 from workers.distill.config import DistillConfig
+from workers.distill.data import TrainingData
 from workers.distill.train import Training, prepare
-from workers.ranks import Ranks
 from workers.lookup.batch import TeacherPositions
 from workers.lookup.ladder import TIERS, Ladder
 from workers.lookup.stored import stored_head, stored_hidden_states
+from workers.ranks import Ranks
 
 CPU = torch.device("cpu")
 
@@ -92,7 +93,7 @@ def training(cache: Path, options: argparse.Namespace) -> Training:
             "optimizer": {"lr": 3e-4},
         }
     )
-    return prepare(config, [CacheReader(cache)], Path("no-such-run"), Ranks(CPU))
+    return prepare(config, TrainingData.of([CacheReader(cache)]), Path("no-such-run"), Ranks(CPU))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from benchmarks.material import OUT, STUDENT_LAYERS, TEACHER, add_data_options, 
 from cache_schema import CacheReader
 from workers.distill.config import OptimizerConfig
 from workers.distill.order import Order
+from workers.distill.schedules import learning_rate
 from workers.distill.student import keep_layers
-from workers.distill.train import learning_rate
 from workers.losses.dense import dense_loss
 
 SEED, SEQUENCES_PER_STEP, LR, HELD_OUT = 7, 4, 5e-4, 16

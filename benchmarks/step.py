@@ -11,6 +11,7 @@ import torch
 from benchmarks.material import STUDENT_LAYERS, TEACHER, make_cache
 from cache_schema import CacheReader
 from workers.distill.config import DistillConfig
+from workers.distill.data import TrainingData
 from workers.distill.train import prepare
 from workers.ranks import Ranks
 
@@ -47,7 +48,9 @@ def steps_of(loss: str, cache: Path, dtype: str, num_steps: int) -> Iterator[dic
             "micro_batch_sequences": 8,
         }
     )
-    return prepare(config, [CacheReader(cache)], Path("no-such-run"), Ranks(torch.device("cpu"))).steps()
+    return prepare(
+        config, TrainingData.of([CacheReader(cache)]), Path("no-such-run"), Ranks(torch.device("cpu"))
+    ).steps()
 
 
 if __name__ == "__main__":

@@ -59,6 +59,9 @@ def distill(
     engine: Annotated[str | None, typer.Option(help="torch (default; DDP under torchrun), fsdp2 or deepspeed.")] = None,
     zero_stage: Annotated[int | None, typer.Option(help="DeepSpeed's, 0 to 3. [default: 2]")] = None,
     deepspeed_config: Annotated[str | None, typer.Option(help="A DeepSpeed JSON file for --engine deepspeed.")] = None,
+    tracker: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb, trackio or mlflow; repeatable.")
+    ] = None,
     keep_checkpoints: Annotated[int | None, typer.Option(help="Keep the latest so many, for good.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or begin it.")] = False,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True, help="Given by `deepspeed`.")] = None,
@@ -72,7 +75,7 @@ def distill(
     Example: pipeline distill --cache caches/train --student ./teacher --student-layers 0,9,19,29 --out runs/bild
     """
     from pipeline.config import build_config
-    from pipeline.distill import check_all, expected_work, run
+    from pipeline.distill import expected_work, run
     from pipeline.words import run_in_words, work_in_words
     from workers.distill.config import DistillConfig
 
@@ -99,13 +102,14 @@ def distill(
         "engine.zero_stage": zero_stage,
         "engine.deepspeed_config": deepspeed_config,
         "keep_checkpoints": keep_checkpoints,
+        "trackers": tracker,
     }
     run_dir = required(out, "--out", "the run directory to make")
     if resume and config is None and not cache and (run_dir / "config.toml").exists():
         config = run_dir / "config.toml"  # --resume --out RUN goes on with what the run was started with
     settled = build_config(DistillConfig, config, settings or [], flags)
     if dry_run:
-        work = expected_work(settled, check_all(settled)[0])
+        work = expected_work(settled)
         show(work, json_output, lambda: work_in_words(work))
         return
     summary = run(settled, run_dir, resume=resume)

@@ -4,7 +4,7 @@ import re
 import resource
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,23 @@ from cache_schema.storage import exclusive
 from pipeline.evaluation import measure, require_top_k
 from pipeline.evaluations import Evaluations, require_metric
 from pipeline.fetching import at_hand
+from pipeline.model_card import write_model_card
 from pipeline.progress import progress_bar, say
 from pipeline.run_record import RunRecord
 from pipeline.stopping import stop_asked
 from pipeline.students import save_best, save_models
+from pipeline.trackers import Trackers, open_trackers, require_trackers
 from workers.device import device_name, resolve_device
 from workers.distill.checkpoint import FOLDER, save_checkpoint
 from workers.distill.checks import asked_of, check, needs_lookups
 from workers.distill.config import DistillConfig
+from workers.distill.curriculum import configs_in_turn
+from workers.distill.data import TrainingData
 from workers.distill.engines.opening import check_engine
 from workers.distill.loss_config import LossConfig
 from workers.distill.order import ORDER_VERSION
 from workers.distill.terms import losses_of
-from workers.distill.train import Training, num_steps_of, order_of, prepare
+from workers.distill.train import Training, prepare
 from workers.errors import InputError
 from workers.lookup.opening import open_log, source_of_misses
 from workers.ranks import Ranks, joined
@@ -51,8 +55,8 @@ def run(config: DistillConfig, run_dir: Path, *, resume: bool) -> dict[str, Any]
 
 def _run(config: DistillConfig, run_dir: Path, ranks: Ranks, *, resume: bool) -> dict[str, Any]:
     record = RunRecord(run_dir)
-    readers, eval_reader = ranks.together(lambda: check_all(config))
-    made_of = ranks.from_first(lambda: _made_of(config, readers, eval_reader, ranks))
+    data, eval_reader = ranks.together(lambda: check_all(config, ranks))
+    made_of = ranks.from_first(lambda: _made_of(config, data, eval_reader, ranks))
     asked = config.model_dump(mode="json")
     # Refuses another run's directory before anything is made.
     ranks.from_first(lambda: record.find(asked, made_of, resume=resume))
@@ -60,18 +64,23 @@ def _run(config: DistillConfig, run_dir: Path, ranks: Ranks, *, resume: bool) ->
         ranks.from_first(lambda: held.enter_context(exclusive(run_dir)))
         finished = ranks.from_first(lambda: record.find(asked, made_of, resume=resume))
         if finished is not None:
-            ranks.from_first(lambda: _discard_checkpoints(config, record))  # where a kill came before it
+            # Where a kill came between the summary and these.
+            ranks.from_first(lambda: write_model_card(record.model_dir, asked, made_of, data.readers, finished))
+            ranks.from_first(lambda: _discard_checkpoints(config, record))
             return finished
         ranks.from_first(record.discard_leftovers)
         if ranks.is_first:
-            _say_what_is_bounded(config, readers)
+            _say_what_is_bounded(config, data.readers)
         is_asked_to_stop = held.enter_context(stop_asked())
-        with closing(ranks.together(lambda: prepare(config, readers, run_dir, ranks))) as training:
+        with closing(ranks.together(lambda: prepare(config, data, run_dir, ranks))) as training:
             before = ranks.from_first(record.eval_before) if training.first_step else _evaluate(training, eval_reader)
             ranks.from_first(lambda: record.begin(asked, made_of, before))
             past = ranks.from_first(lambda: record.metrics(training.first_step))
             evaluations = Evaluations.of(config, past, eval_reader.plan.top_k if eval_reader else 0)
-            done = _train(training, record, eval_reader, evaluations, is_asked_to_stop)
+            trackers = held.enter_context(_trackers(training, run_dir, asked))
+            if before and not training.first_step:
+                trackers.log({"step": 0, "eval": before})
+            done = _train(training, record, eval_reader, evaluations, trackers, is_asked_to_stop)
             if done < training.num_steps and not evaluations.are_over:
                 return {"run": str(run_dir), "steps": done, "of_steps": training.num_steps, "stopped": True}
             after = _evaluate(training, eval_reader)
@@ -79,33 +88,48 @@ def _run(config: DistillConfig, run_dir: Path, ranks: Ranks, *, resume: bool) ->
         peak = max(ranks.gather(_peak_memory_bytes(ranks.device)))
         extra |= {"peak_memory_bytes": peak, "ranks": ranks.size, "eval_before": before, "eval": after}
         summary = ranks.from_first(lambda: record.finish(extra))
+        ranks.from_first(lambda: write_model_card(record.model_dir, asked, made_of, data.readers, summary))
+        trackers.finish(summary)
         ranks.from_first(lambda: _discard_checkpoints(config, record))
     return summary
 
 
-def check_all(config: DistillConfig) -> tuple[list[CacheReader], CacheReader | None]:
+def _trackers(training: Training, run_dir: Path, asked: dict[str, Any]) -> AbstractContextManager[Trackers]:
+    """Those of the run, on the rank that writes."""
+    config, names = training.config, training.config.trackers if training.ranks.is_first else ()
+    return training.ranks.together(
+        lambda: open_trackers(names, run_dir, config.tracker_project, asked, first_step=training.first_step)
+    )
+
+
+def check_all(config: DistillConfig, ranks: Ranks) -> tuple[TrainingData, CacheReader | None]:
     """Open the caches, refusing from files alone what cannot be trained."""
-    check_engine(config)
-    resolve_device(config.device)
+    check_engine(config, ranks)
+    require_trackers(config.trackers)
     for location in config.cache:
         at_hand(location)  # with a progress bar, before it is looked at
-    readers = check(config)
-    return readers, _eval_reader(config, readers[0])
+    data = check(config)
+    return data, _eval_reader(config, data.readers[0])
 
 
-def expected_work(config: DistillConfig, readers: Sequence[CacheReader]) -> dict[str, Any]:
-    """What a run would do, for ``--dry-run``."""
-    order = order_of(config, readers)
-    num_steps = num_steps_of(config, order)
-    sources = [source_of_misses(reader, asked_of(config)) for reader in readers]
+def expected_work(config: DistillConfig) -> dict[str, Any]:
+    """What a run would do, for ``--dry-run``.
+
+    Raises:
+        InputError, CacheError: it would be refused.
+    """
+    data, _ = check_all(config, Ranks(resolve_device(config.device)))
+    order, num_steps = data.order(config), data.num_steps(config)
+    sources = [source_of_misses(reader, asked_of(config)) for reader in data.readers]
     return {
         "steps": num_steps,
         "epochs": num_steps / order.steps_per_epoch,
-        "sequences_in_cache": sum(len(reader) for reader in readers),
-        "positions_in_cache": sum(reader.manifest.num_positions for reader in readers),
+        "sequences_in_cache": sum(len(reader) for reader in data.readers),
+        "sequences_kept": data.sizes,
+        "positions_in_cache": sum(reader.manifest.num_positions for reader in data.readers),
         "sequences_per_epoch": list(order.quotas),
         **{
-            key: {"name": loss.name, **_parameters_in_full(loss, readers)}
+            key: {"name": loss.name, **_parameters_in_full(loss, data)}
             for key, loss in zip(("loss", "prompt_loss"), losses_of(config).values(), strict=False)
         },
         "lookups_from": ", ".join(dict.fromkeys(sources)) if needs_lookups(config) else "none are made",
@@ -128,6 +152,7 @@ def _train(
     record: RunRecord,
     eval_reader: CacheReader | None,
     evaluations: Evaluations,
+    trackers: Trackers,
     is_asked_to_stop: Callable[[], bool],
 ) -> int:
     """To the last step, or to where the run is asked to stop or evaluations improve no more; returns the steps done."""
@@ -144,6 +169,7 @@ def _train(
                     save_best(training, record, done)
             if metrics:
                 record.append(metrics, step)
+            trackers.log(step)
             if done % config.checkpoint_every == 0:
                 _checkpoint(training, record, done, evaluations)
             progress(done, training.num_steps)
@@ -155,7 +181,7 @@ def _checkpoint(training: Training, record: RunRecord, done: int, evaluations: E
     """Of a run that has begun; students that a resumed run will not look back at go."""
     if done:
         keep = training.config.keep_checkpoints or 1
-        save_checkpoint(record.run_dir, done, training.engine, training.moving, training.ranks, keep=keep)
+        save_checkpoint(record.run_dir, done, training.engine, training.curriculum.moving, training.ranks, keep=keep)
         training.ranks.from_first(lambda: record.keep_best(evaluations.best_step))
 
 
@@ -186,16 +212,21 @@ def _evaluate(training: Training, eval_reader: CacheReader | None) -> dict[str, 
 
 
 def _made_of(
-    config: DistillConfig, readers: Sequence[CacheReader], eval_reader: CacheReader | None, ranks: Ranks
+    config: DistillConfig, data: TrainingData, eval_reader: CacheReader | None, ranks: Ranks
 ) -> dict[str, Any]:
     """What the config names by path, by content; and what it ran on."""
     import transformers
 
     return {
-        "manifest_sha256": [reader.manifest_sha256 for reader in readers],
+        "manifest_sha256": [reader.manifest_sha256 for reader in data.readers],
+        "kept_sequences": data.sizes,
         "eval_manifest_sha256": eval_reader.manifest_sha256 if eval_reader else None,
         "student_fingerprint": identity_of(config.student, None).fingerprint,
-        "loss_parameters": {part: _parameters_in_full(loss, readers) for part, loss in losses_of(config).items()},
+        "loss_parameters": {part: _parameters_in_full(loss, data) for part, loss in losses_of(config).items()},
+        "switched_parameters": [
+            {part: _parameters_in_full(loss, data) for part, loss in losses_of(turn).items()}
+            for turn in configs_in_turn(config, config.switch)[1:]
+        ],
         "order_version": ORDER_VERSION,
         "device": device_name(ranks.device),
         "versions": {
@@ -206,10 +237,11 @@ def _made_of(
     }
 
 
-def _parameters_in_full(loss: LossConfig, readers: Sequence[CacheReader]) -> dict[str, Any]:
+def _parameters_in_full(loss: LossConfig, data: TrainingData) -> dict[str, Any]:
     """Every parameter of a loss; of a sum, a table of them for each."""
-    top_k, vocab_size = min(reader.plan.top_k for reader in readers), readers[0].plan.tokenizer.vocab_size
-    tables: dict[str, Any] = {summand.loss.name: summand.parameters(top_k, vocab_size) for summand in loss.summands}
+    tables: dict[str, Any] = {
+        summand.loss.name: summand.parameters(data.top_k, data.vocab_size) for summand in loss.summands
+    }
     return tables if len(tables) > 1 else tables.popitem()[1]
 
 

@@ -18,6 +18,7 @@ from cache_schema.writer import ShardWriter
 from pipeline.progress import dump_bar, progress_bar
 from pipeline.teacher_dump import Prepared
 from workers.distill.config import DistillConfig, OptimizerConfig
+from workers.distill.data import TrainingData
 from workers.distill.train import Training, prepare
 from workers.evaluate.misses import TOP_KS, Misses, measure_misses, tail_beyond
 from workers.ranks import Ranks
@@ -192,7 +193,7 @@ def student_misses(
         sequences_per_step=_SEQUENCES_PER_STEP,
         optimizer=OptimizerConfig(lr=lr),
     )
-    training = prepare(config, [pilot.trained], folder / "run", Ranks(device))
+    training = prepare(config, TrainingData.of([pilot.trained]), folder / "run", Ranks(device))
     with closing(training):
         misses = {"before": _count(training, pilot.held_out, k, top_ks)}
         training.engine.student.train()

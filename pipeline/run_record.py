@@ -23,11 +23,14 @@ CONFIG_NAME = "config.toml"
 METRICS_NAME = "metrics.jsonl"
 MODEL_NAME = "model"
 EMA_NAME = "ema"
+ADAPTER_NAME = "adapter"
+BASE_NAME = "base"
 BEST_NAME = "best"
 # Paths, which the fingerprints beside them say better, and what changes nothing of the training.
 _NOT_COMPARED = {
     "cache", "eval_cache", "student", "teacher", "lookups", "device", "versions", "checkpoint_every", "eval_every",
     "keep_checkpoints", "micro_batch_sequences", "gradient_checkpointing", "engine",
+    "trackers", "tracker_project",
 }  # fmt: skip
 
 
@@ -46,12 +49,20 @@ class RunRecord:
         return self.run_dir / EMA_NAME
 
     @property
+    def adapter_dir(self) -> Path:
+        return self.run_dir / ADAPTER_NAME
+
+    @property
+    def base_dir(self) -> Path:
+        return self.run_dir / BASE_NAME
+
+    @property
     def config_path(self) -> Path:
         return self.run_dir / CONFIG_NAME
 
     def discard_leftovers(self) -> None:
         """Remove what a killed run left half-written; the caller holds the directory's lock."""
-        names = [RUN_NAME, CONFIG_NAME, METRICS_NAME, MODEL_NAME, EMA_NAME]
+        names = [RUN_NAME, CONFIG_NAME, METRICS_NAME, MODEL_NAME, EMA_NAME, ADAPTER_NAME, BASE_NAME]
         for path in [self.run_dir / name for name in names]:
             discard_leftovers(path)
 

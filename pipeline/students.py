@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from cache_schema.reader import CacheReader
 from cache_schema.storage import publish_directory
 from pipeline.evaluations import Evaluations
 from pipeline.run_record import RunRecord
+from workers.distill.adapters import add_adapters, freeze_parts, load_trained, merged_state, save_adapter
 from workers.distill.engines.optimizer import EMA
 from workers.distill.student import load_student
 from workers.distill.train import Training
@@ -26,9 +27,12 @@ def save_models(
     training: Training, record: RunRecord, evaluations: Evaluations, done: int, after: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The student at the end of a run; returns what the summary says of it. Collective."""
-    _save(training, record.model_dir)
+    _save(training, record.model_dir, record=record)
     said: dict[str, Any] = {"stopped_early": evaluations.are_over}
+    if training.config.peft is not None:
+        said["adapter"] = str(record.adapter_dir)
     if training.config.optimizer.ema_decay is not None:
+        said["ema"] = str(record.ema_dir)
         _save(training, record.ema_dir, EMA)
     if training.config.eval_every is None or after is None:
         return said
@@ -42,8 +46,12 @@ def save_models(
     return said | {"best": best}
 
 
-def _save(training: Training, folder: Path, average: str | None = None) -> None:
-    """Publish the student, or the average of its weights, with the cache's tokenizer. Collective."""
+def _save(training: Training, folder: Path, average: str | None = None, *, record: RunRecord | None = None) -> None:
+    """Publish the student, or the average of its weights, with the cache's tokenizer; adapters are merged. Collective.
+
+    Args:
+        record: the run whose adapters are published alone too.
+    """
     ranks = training.ranks
     if ranks.from_first(folder.exists):
         return
@@ -51,26 +59,40 @@ def _save(training: Training, folder: Path, average: str | None = None) -> None:
     for name, weight, state in training.engine.state():
         if ranks.is_first:
             weights[name.removeprefix("model.")] = (state[average] if average else weight).cpu()
-    if ranks.is_first:
-        model = _plain_model(training, weights)
-        with publish_directory(folder) as temporary:
-            model.save_pretrained(temporary)
-            shutil.copytree(training.readers[0].tokenizer_dir, temporary, dirs_exist_ok=True)
-    ranks.wait()
+    ranks.from_first(lambda: _publish(training, folder, weights, record))
 
 
-def _plain_model(training: Training, weights: Mapping[str, Tensor]) -> Any:
-    """The student as it was loaded, with the weights it was trained to."""
-    config, reader = training.config, training.readers[0]
+def _publish(training: Training, folder: Path, weights: Mapping[str, Tensor], record: RunRecord | None) -> None:
+    config, reader = training.config, training.data.readers[0]
     model = load_student(config.student, config.student_layers, gradient_checkpointing=False)
-    with torch.no_grad():
-        for name, weight in weights.items():
-            model.get_parameter(name).copy_(weight)
+    _end_as_the_teacher(model, reader)
+    base = config.student
+    if config.peft is not None:
+        if config.student_layers is not None and record is not None:
+            base = str(record.base_dir)
+            _write(model, record.base_dir, reader)
+        add_adapters(model, config.peft, config.seed)
+    freeze_parts(model, config.freeze)
+    load_trained(model, weights)
+    if config.peft is not None and record is not None and not record.adapter_dir.exists():
+        with publish_directory(record.adapter_dir) as temporary:
+            save_adapter(model, temporary, base)
+    _write(model, folder, reader)
+
+
+def _write(model: Any, folder: Path, reader: CacheReader) -> None:
+    """As a plain model, unless it is there."""
+    if not folder.exists():
+        with publish_directory(folder) as temporary:
+            model.save_pretrained(temporary, state_dict=merged_state(model))
+            shutil.copytree(reader.tokenizer_dir, temporary, dirs_exist_ok=True)
+
+
+def _end_as_the_teacher(model: Any, reader: CacheReader) -> None:
+    """It was trained to, and the base model may end otherwise."""
     responses = reader.plan.responses
     ends = responses.end_token_ids if responses else (load_tokenizer(str(reader.tokenizer_dir)).eos_token_id,)
     if model.generation_config is not None:
-        # It was trained to end as the teacher does, which need not be how the base model did.
         known = model.generation_config.eos_token_id
         known = known if isinstance(known, list) else [known]
         model.generation_config.eos_token_id = sorted({end for end in (*ends, *known) if end is not None}) or None
-    return model

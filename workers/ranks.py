@@ -91,6 +91,8 @@ def joined(device_name: str, *, needs_group: bool = False) -> Iterator[Ranks]:
         InputError: no such device, or more processes on this machine than accelerators.
     """
     device, size = resolve_device(device_name), int(os.environ.get("WORLD_SIZE", "1"))
+    # transformers imports an installed DeepSpeed when it saves, which would print a guess of this to standard output.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     if size == 1 and not needs_group:
         yield Ranks(device)
         return
@@ -108,6 +110,8 @@ def joined(device_name: str, *, needs_group: bool = False) -> Iterator[Ranks]:
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     else:
         dist.init_process_group(backend)
-    yield Ranks(device, dist.get_rank(), dist.get_world_size())
+    ranks = Ranks(device, dist.get_rank(), dist.get_world_size())
+    yield ranks
+    ranks.wait()  # one that leaves while another still reads from it aborts that
     # Not after an error: the others would be waited for, who wait in a collective until their launcher ends them.
     dist.destroy_process_group()

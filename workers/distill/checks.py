@@ -1,12 +1,18 @@
 """What a run refuses before it loads a model: caches, student, teacher and losses that do not fit each other."""
 
+from collections.abc import Sequence
+
 from cache_schema.errors import CacheCorruptError, CacheMismatchError
 from cache_schema.manifest import LM_HEAD_NAME, hidden_name
 from cache_schema.reader import CacheReader
 from cache_schema.remote import local_copy
+from workers.distill.adapters import require_peft
 from workers.distill.config import DistillConfig
+from workers.distill.curriculum import configs_in_turn
+from workers.distill.data import TrainingData
 from workers.distill.loss_config import LossConfig, Summand
-from workers.distill.order import quotas_of
+from workers.distill.schedules import require_in_time
+from workers.distill.selection import token_counts
 from workers.distill.student import require_layers
 from workers.distill.terms import losses_of
 from workers.errors import InputError
@@ -18,34 +24,42 @@ from workers.teacher.checkpoint import context_length, identity_of, model_direct
 from workers.tokenizers import check_same_vocabulary, load_tokenizer
 
 
-def check(config: DistillConfig) -> list[CacheReader]:
+def check(config: DistillConfig) -> TrainingData:
     """Open the caches, fetching what is remote, and refuse without loading a model what cannot be trained from them.
 
     Raises:
         CacheError, InputError: says what does not fit, and how to mend it.
     """
+    if config.peft is not None:
+        require_peft()
     readers = [CacheReader(local_copy(cache)) for cache in config.cache]
-    for reader in readers:
-        check_needs(config, reader)
+    for turn in configs_in_turn(config, config.switch):
+        for reader in readers:
+            check_needs(turn, reader)
     _check_each_once(readers)
     _check_one_tokenizer(readers)
-    _check_weights(config, readers)
+    data = TrainingData.of(readers, config.filter)
+    data.require_shares(config.weights)
+    require_in_time(config.schedule, config.switch, data.num_steps(config))
     student_dir = model_directory(config.student)
     check_same_vocabulary(load_tokenizer(str(readers[0].tokenizer_dir)), load_tokenizer(config.student))
-    for reader in readers:
-        _check_context(config.student, reader)
+    for reader, kept in zip(readers, data.kept, strict=True):
+        _check_context(config.student, reader, kept)
     if config.student_layers is not None:
         require_layers(config.student_layers, read_text_config(student_dir).num_hidden_layers)
     if config.teacher is not None:
         _check_teacher(config, config.teacher, readers)
     require_ways(readers if needs_lookups(config) else [], asked_of(config))
-    return readers
+    return data
 
 
 def needs_lookups(config: DistillConfig) -> bool:
     """Whether a loss asks for more than the stored top-k."""
     return any(
-        summand.loss.needs & {"lookups", "full_row"} for loss in losses_of(config).values() for summand in loss.summands
+        summand.loss.needs & {"lookups", "full_row"}
+        for turn in configs_in_turn(config, config.switch)
+        for loss in losses_of(turn).values()
+        for summand in loss.summands
     )
 
 
@@ -225,19 +239,10 @@ def _check_one_tokenizer(readers: list[CacheReader]) -> None:
             )
 
 
-def _check_weights(config: DistillConfig, readers: list[CacheReader]) -> None:
-    for reader, quota in zip(readers, quotas_of([len(reader) for reader in readers], config.weights), strict=True):
-        if quota == 0:
-            raise InputError(
-                f"--weights leaves {reader.cache_dir} without a single sequence in an epoch: give it a larger share, "
-                f"or leave it out."
-            )
-
-
-def _check_context(student: str, reader: CacheReader) -> None:
+def _check_context(student: str, reader: CacheReader, kept: Sequence[int]) -> None:
     context = context_length(model_directory(student))
     if context is not None and context < reader.plan.dataset.max_tokens:
-        longest = max(reader[index].sequence.num_tokens for index in range(len(reader)))
+        longest = int(token_counts(reader)[kept].max())
         if context < longest:
             raise InputError(
                 f"{student} reads {context:,} tokens, {reader.cache_dir} holds a sequence of {longest:,}: give a "

@@ -4,7 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from workers.distill.adapters import Part, PeftConfig, require_freezable
 from workers.distill.loss_config import LossConfig
+from workers.distill.schedules import ScheduleConfig, SwitchConfig, losses_in_turn, require_sound
+from workers.distill.selection import FilterConfig
 from workers.lookup.config import LookupConfig, OnMiss
 
 
@@ -38,6 +41,12 @@ class OptimizerConfig(_Section):
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep an average of the weights, of this decay a step, and save it as a student of its own."""
 
+    @model_validator(mode="after")
+    def _a_constant_rate_ends_as_it_is(self) -> "OptimizerConfig":
+        if self.schedule == "constant" and self.min_lr_ratio:
+            raise ValueError("min_lr_ratio is where a schedule ends, and a constant one stays: leave it out")
+        return self
+
 
 class EngineConfig(_Section):
     """What the student's weights, gradients and moments are held and updated by."""
@@ -70,12 +79,22 @@ class DistillConfig(_Section):
     """One cache, or several that one tokenizer made."""
     weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
     """Shares of several caches in an epoch, one a cache; None takes every sequence of all of them once."""
+    filter: FilterConfig | None = None
+    """Which sequences are trained on; None takes all."""
     student: str
     student_layers: tuple[int, ...] | None = None
     """Make the student of these layers of ``student``."""
+    peft: PeftConfig | None = None
+    """Train adapters of the student's linear layers, and not the layers."""
+    freeze: tuple[Part, ...] = ()
+    """What stays as it is where the rest of the student is trained; tied embeddings and head are one."""
     loss: LossConfig = LossConfig()
     prompt_loss: LossConfig | None = None
     """A second loss, on the prompt's positions; needs a cache of all positions."""
+    schedule: tuple[ScheduleConfig, ...] = ()
+    """Numbers of the losses that move over the run."""
+    switch: tuple[SwitchConfig, ...] = ()
+    """Other losses from some step on."""
     teacher: str | None = None
     """For lookups that neither the stored top-k nor stored hidden states can answer."""
     on_miss: OnMiss = "refuse"
@@ -106,6 +125,10 @@ class DistillConfig(_Section):
     """Steps between evaluations on ``eval_cache``; None evaluates before the first step and after the last."""
     early_stopping: EarlyStoppingConfig | None = None
     """End the run before its last step where evaluations improve no more."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    """Where the steps are reported beside ``metrics.jsonl``; each is an extra of its name."""
+    tracker_project: str = Field("logit-cache", min_length=1)
+    """The project of W&B and Trackio, the experiment of MLflow."""
 
     @model_validator(mode="before")
     @classmethod
@@ -128,6 +151,16 @@ class DistillConfig(_Section):
             raise ValueError(f"prompt_loss: {self.prompt_loss.name} is for the response and brings the prompt's own")
         if self.prompt_loss is not None and self.loss.on_prompt is not None:
             raise ValueError(f"loss {self.loss.name} brings the prompt's own: leave prompt_loss out, or choose bild")
+        return self
+
+    @model_validator(mode="after")
+    def _freeze_or_peft(self) -> "DistillConfig":
+        require_freezable(self.freeze, self.peft)
+        return self
+
+    @model_validator(mode="after")
+    def _schedules_fit_the_losses(self) -> "DistillConfig":
+        require_sound(losses_in_turn(self.loss, self.prompt_loss, self.switch), self.schedule)
         return self
 
     @model_validator(mode="after")

@@ -4,24 +4,26 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
-from cache_schema.reader import CacheReader
+from workers.distill.adapters import add_adapters, freeze_parts
 from workers.distill.checkpoint import latest_checkpoint, load_checkpoint
 from workers.distill.checks import asked_of, needs_lookups
-from workers.distill.config import DistillConfig, OptimizerConfig
+from workers.distill.config import DistillConfig
+from workers.distill.curriculum import Curriculum, curriculum_of
+from workers.distill.data import TrainingData
 from workers.distill.engines.engine import Engine, NotFiniteError
 from workers.distill.engines.opening import open_engine
-from workers.distill.order import Order, Pick
+from workers.distill.order import Order, Pick, among
+from workers.distill.schedules import learning_rate
+from workers.distill.selection import token_counts
 from workers.distill.student import load_student
 from workers.distill.student_loss import StudentLoss
-from workers.distill.taid import TaidSchedule
-from workers.distill.terms import Term, terms_of
 from workers.errors import InputError
 from workers.lookup.batch import Batch, Part, collate, nothing
 from workers.lookup.ladder import TIERS, Ladder
@@ -38,12 +40,10 @@ class Training:
     """Everything a run holds in memory; ``steps`` trains it, ``close`` lets go of lookup logs."""
 
     config: DistillConfig
-    readers: list[CacheReader]
+    data: TrainingData
     engine: Engine
     ranks: Ranks
-    terms: list[Term]
-    moving: dict[int, TaidSchedule]
-    """By place among the terms: what moves their target."""
+    curriculum: Curriculum
     ladders: list[Ladder]
     order: Order
     num_steps: int
@@ -64,8 +64,8 @@ class Training:
         for step in range(self.first_step, self.num_steps):
             started = time.perf_counter()
             torch.manual_seed(_seed_of(self.config.seed, step, self.ranks.rank))
-            picks = self.order.step(step)
-            terms = self._terms_now()
+            picks = among(self.order.step(step), self.data.kept)
+            terms = self.curriculum.terms(step)
             parts = list(dict.fromkeys(term.part for term in terms))
             batches = self._own_batches(picks, parts)
             own_positions = sum(batch.num_positions(part) for part in parts for batch in batches)
@@ -88,16 +88,15 @@ class Training:
                 grad_norm = self.engine.step(lr)
             except NotFiniteError as error:
                 self._refuse(step, f"{error}, the loss {loss:g}", batches, [False] * len(batches))
-            moved = {"taid_t": [schedule.t for schedule in self.moving.values()]} if self.moving else {}
-            for place, schedule in self.moving.items():
-                schedule.advance(values[place] / self.terms[place].weight, (step + 1) / self.num_steps)
+            logged = self.curriculum.logged(step)
+            self.curriculum.advance(step, values)
             seconds = time.perf_counter() - started
             yield {
                 "step": step + 1,
                 "epoch": (step + 1) / self.order.steps_per_epoch,
                 "loss": loss,
                 "terms": values,
-                **moved,
+                **logged,
                 "grad_norm": grad_norm,
                 "lr": lr,
                 "sequences": len(picks),
@@ -116,16 +115,18 @@ class Training:
         """
         rank, size = self.ranks.rank, self.ranks.size
         dealt: list[tuple[int, list[int]]] = []
-        for cache, reader in enumerate(self.readers):
+        for cache, reader in enumerate(self.data.readers):
             indexes = [pick.index for pick in picks if pick.cache == cache]
             # Sequences of one length share a micro-batch: the sum is the same and less of it is padding.
-            indexes.sort(key=lambda index: reader[index].sequence.num_tokens)
+            indexes.sort(key=token_counts(reader).__getitem__)
             most = max(1, min(self.config.micro_batch_sequences, -(-len(indexes) // size)))
             dealt += [(cache, indexes[first : first + most]) for first in range(0, len(indexes), most)]
         own = dealt[rank::size]
         for cache, ladder in enumerate(self.ladders):
             ladder.expect([index for of_cache, indexes in own if of_cache == cache for index in indexes])
-        batches = [collate(self.readers[cache], indexes, parts, self.ranks.device, cache) for cache, indexes in own]
+        batches = [
+            collate(self.data.readers[cache], indexes, parts, self.ranks.device, cache) for cache, indexes in own
+        ]
         num_rounds = -(-len(dealt) // size)
         return batches + [nothing(parts, self.ranks.device) for _ in range(num_rounds - len(own))]
 
@@ -134,20 +135,11 @@ class Training:
         taken = [ladder.take_counts() for ladder in self.ladders]
         return [*(sum(counts[tier] for counts, _ in taken) for tier in TIERS), sum(number for _, number in taken)]
 
-    def _terms_now(self) -> list[Term]:
-        """The terms with what moves where it now stands."""
-        return [
-            replace(term, params={**term.params, term.loss.moves: self.moving[place].t})
-            if place in self.moving
-            else term
-            for place, term in enumerate(self.terms)
-        ]
-
     def _refuse(self, step: int, what: str, batches: Sequence[Batch], is_finite: Sequence[bool]) -> NoReturn:
         """Stop all ranks, with the sequences of the micro-batches that are not finite."""
         ids = [
-            f"{self.readers[batch.cache][member.index].sequence.sequence_id.hex()} of "
-            f"{self.readers[batch.cache].cache_dir.name}"
+            f"{self.data.readers[batch.cache][member.index].sequence.sequence_id.hex()} of "
+            f"{self.data.readers[batch.cache].cache_dir.name}"
             for batch, fine in zip(batches, is_finite, strict=True)
             if not fine
             for part in list(batch.parts)[:1]
@@ -161,7 +153,7 @@ class Training:
             raise InputError(
                 f"step {step + 1}: {what}, at sequences {shown}. The weights are those before the step; lower "
                 f"optimizer.lr ({self.config.optimizer.lr:g}) or, at the first step, the weights of "
-                f"{self.config.loss.name} or parameters that lie far from their defaults."
+                f"{self.curriculum.phase(step).losses[0].name} or parameters that lie far from their defaults."
             )
 
         self.ranks.together(refuse)
@@ -173,53 +165,33 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=(_DRAWS, step, rank)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def learning_rate(step: int, num_steps: int, optimizer: OptimizerConfig) -> float:
-    """Linear warm-up to the peak, then a cosine to zero; the first step already moves the weights."""
-    num_warmup = round(optimizer.warmup * num_steps)
-    if step < num_warmup:
-        return optimizer.lr * (step + 1) / num_warmup
-    done = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return optimizer.lr * 0.5 * (1.0 + math.cos(math.pi * done))
-
-
-def order_of(config: DistillConfig, readers: Sequence[CacheReader]) -> Order:
-    sizes = [len(reader) for reader in readers]
-    return Order(sizes, config.weights, sequences_per_step=config.sequences_per_step, seed=config.seed)
-
-
-def num_steps_of(config: DistillConfig, order: Order) -> int:
-    """As asked, or so many epochs of the caches."""
-    return config.steps or config.epochs * order.steps_per_epoch
-
-
-def prepare(config: DistillConfig, readers: Sequence[CacheReader], run_dir: Path, ranks: Ranks) -> Training:
+def prepare(config: DistillConfig, data: TrainingData, run_dir: Path, ranks: Ranks) -> Training:
     """Load models, and the latest checkpoint if there is one, for a config that ``checks.check`` has passed.
 
     Raises:
         CacheError, InputError: a model, log or checkpoint does not load or does not fit.
     """
     torch.manual_seed(config.seed)
-    vocab_size = readers[0].plan.tokenizer.vocab_size
+    order, num_steps = data.order(config), data.num_steps(config)
+    curriculum = curriculum_of(
+        config, config.schedule, config.switch, num_steps=num_steps, top_k=data.top_k, vocab_size=data.vocab_size
+    )
     with ExitStack() as resources:
-        ladders = [Ladder() for _ in readers]
+        ladders = [Ladder() for _ in data.readers]
         if needs_lookups(config):
-            ladders = open_ladders(readers, asked_of(config), ranks.device, resources)
+            ladders = open_ladders(data.readers, asked_of(config), ranks.device, resources)
         model = load_student(
             config.student, config.student_layers, gradient_checkpointing=config.gradient_checkpointing
         )
-        require_vocabulary(model, vocab_size)
-        require_plain_head(model, vocab_size)
-        # FSDP2 and DeepSpeed hold bfloat16 weights themselves, beside float32 ones.
-        autocast = config.dtype == "bfloat16" and config.engine.name == "torch"
-        student = StudentLoss(model, ladders, vocab_size=vocab_size, autocast=autocast)
-        terms = terms_of(config, min(reader.plan.top_k for reader in readers), vocab_size)
-        schedules = {place: TaidSchedule.of(term.loss, term.params) for place, term in enumerate(terms)}
-        moving = {place: schedule for place, schedule in schedules.items() if schedule}
+        require_vocabulary(model, data.vocab_size)
+        require_plain_head(model, data.vocab_size)
+        if config.peft is not None:
+            add_adapters(model, config.peft, config.seed)
+        freeze_parts(model, config.freeze)
+        student = StudentLoss(model, ladders, vocab_size=data.vocab_size, autocast=config.dtype == "bfloat16")
         engine = open_engine(student, config, ranks)
         checkpoint = latest_checkpoint(run_dir)
-        first_step = load_checkpoint(checkpoint, engine, moving) if checkpoint else 0
-        order = order_of(config, readers)
+        first_step = load_checkpoint(checkpoint, engine, curriculum.moving) if checkpoint else 0
         return Training(
-            config, list(readers), engine, ranks, terms, moving, ladders, order, num_steps_of(config, order),
-            first_step, resources.pop_all(),
-        )  # fmt: skip
+            config, data, engine, ranks, curriculum, ladders, order, num_steps, first_step, resources.pop_all()
+        )

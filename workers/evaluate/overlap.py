@@ -74,9 +74,7 @@ def _hidden_states(model: Any, batch: Batch) -> Tensor:
     return hidden_ND
 
 
-def _measure(
-    model: Any, reader: CacheReader, batch: Batch, ladder: Ladder | None, overlap_ks: Sequence[int]
-) -> Tensor:
+def _measure(model: Any, reader: CacheReader, batch: Batch, ladder: Ladder | None, overlap_ks: Sequence[int]) -> Tensor:
     """Columns: overlap at each k, loss, KL (0 without hidden states). float64 on the CPU [N, len(overlap_ks) + 2]"""
     hidden_ND, positions = _hidden_states(model, batch), batch.parts["response"]
     head = head_of(model, reader.plan.tokenizer.vocab_size)
