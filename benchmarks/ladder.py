@@ -64,7 +64,7 @@ def main() -> None:
     runs = {"ladder": training(cache, options), "dense": training(cache, options)}
     dense = DenseLadder(runs["dense"].readers[0])
     runs["dense"].ladders[:] = [dense]
-    runs["dense"].engine.student._ladders = (dense,)
+    runs["dense"].engine.student.ladders = (dense,)
     steps: dict[str, Iterator[dict[str, Any]]] = {name: run.steps() for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     counts: dict[str, int] = dict.fromkeys(TIERS, 0)

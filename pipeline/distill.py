@@ -72,7 +72,7 @@ def _run(config: DistillConfig, run_dir: Path, ranks: Ranks, *, resume: bool) ->
         if ranks.is_first:
             _say_what_is_bounded(config, data.readers)
         is_asked_to_stop = held.enter_context(stop_asked())
-        with closing(ranks.together(lambda: prepare(config, data, run_dir, ranks))) as training:
+        with closing(prepare(config, data, run_dir, ranks)) as training:
             before = ranks.from_first(record.eval_before) if training.first_step else _evaluate(training, eval_reader)
             ranks.from_first(lambda: record.begin(asked, made_of, before))
             past = ranks.from_first(lambda: record.metrics(training.first_step))

@@ -370,7 +370,7 @@ def test_lookups_are_counted_for_the_ids_the_student_leads_with(tiny):
     model, batch = build_student(), collate(tiny.reader, range(7), ["response"], CPU)
     module = module_of(tiny, model)
     module.share(batch, for_step(TERMS["bild"], [batch]))
-    counts, forwards = module._ladders[0].take_counts()
+    counts, forwards = module.ladders[0].take_counts()
     assert sum(counts.values()) == 8 * batch.num_positions("response")
     assert counts["cached"] + counts["hidden"] == sum(counts.values())
     assert forwards == 0

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -109,7 +110,8 @@ def joined(device_name: str, *, needs_group: bool = False) -> Iterator[Ranks]:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     else:
-        dist.init_process_group(backend)
+        # Long enough for a rank to save a large student; of one that died, the launcher tells the others.
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
     ranks = Ranks(device, dist.get_rank(), dist.get_world_size())
     yield ranks
     ranks.wait()  # one that leaves while another still reads from it aborts that

@@ -37,7 +37,8 @@ class StudentLoss(nn.Module):
     def __init__(self, model: Any, ladders: Sequence[Ladder], *, vocab_size: int, autocast: bool) -> None:
         super().__init__()
         self.model = model
-        self._ladders = tuple(ladders)
+        self.ladders = tuple(ladders)
+        """Of each cache, by its number."""
         self._vocab_size = vocab_size
         self._autocast = autocast
 
@@ -75,7 +76,7 @@ class StudentLoss(nn.Module):
             here = [place for place, scaled in enumerate(terms) if scaled.term.part == part]
             sparse = [place for place in here if not terms[place].term.loss.student_row]
             whole = [place for place in here if terms[place].term.loss.student_row]
-            pass_over = _Pass(positions, hidden_ND, head_of(self.model, self._vocab_size), self._ladders[batch.cache])
+            pass_over = _Pass(positions, hidden_ND, head_of(self.model, self._vocab_size), self.ladders[batch.cache])
             student_ids_NK = pass_over.student_ids([terms[place].term for place in here])
             factors = pass_over.factors([terms[place].term for place in here], student_ids_NK)
             on_leading_ids = partial(pass_over.on_leading_ids, student_ids_NK)

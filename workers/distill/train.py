@@ -44,7 +44,6 @@ class Training:
     engine: Engine
     ranks: Ranks
     curriculum: Curriculum
-    ladders: list[Ladder]
     order: Order
     num_steps: int
     first_step: int
@@ -122,7 +121,7 @@ class Training:
             most = max(1, min(self.config.micro_batch_sequences, -(-len(indexes) // size)))
             dealt += [(cache, indexes[first : first + most]) for first in range(0, len(indexes), most)]
         own = dealt[rank::size]
-        for cache, ladder in enumerate(self.ladders):
+        for cache, ladder in enumerate(self.engine.student.ladders):
             ladder.expect([index for of_cache, indexes in own if of_cache == cache for index in indexes])
         batches = [
             collate(self.data.readers[cache], indexes, parts, self.ranks.device, cache) for cache, indexes in own
@@ -132,7 +131,7 @@ class Training:
 
     def _take_counts(self) -> list[int]:
         """Of this rank and all caches, since the last call: pairs by tier, then teacher forwards."""
-        taken = [ladder.take_counts() for ladder in self.ladders]
+        taken = [ladder.take_counts() for ladder in self.engine.student.ladders]
         return [*(sum(counts[tier] for counts, _ in taken) for tier in TIERS), sum(number for _, number in taken)]
 
     def _refuse(self, step: int, what: str, batches: Sequence[Batch], is_finite: Sequence[bool]) -> NoReturn:
@@ -166,7 +165,7 @@ def _seed_of(seed: int, step: int, rank: int) -> int:
 
 
 def prepare(config: DistillConfig, data: TrainingData, run_dir: Path, ranks: Ranks) -> Training:
-    """Load models, and the latest checkpoint if there is one, for a config that ``checks.check`` has passed.
+    """Load models, and the latest checkpoint if there is one, for a config that ``check`` passed. Collective.
 
     Raises:
         CacheError, InputError: a model, log or checkpoint does not load or does not fit.
@@ -177,21 +176,29 @@ def prepare(config: DistillConfig, data: TrainingData, run_dir: Path, ranks: Ran
         config, config.schedule, config.switch, num_steps=num_steps, top_k=data.top_k, vocab_size=data.vocab_size
     )
     with ExitStack() as resources:
-        ladders = [Ladder() for _ in data.readers]
-        if needs_lookups(config):
-            ladders = open_ladders(data.readers, asked_of(config), ranks.device, resources)
-        model = load_student(
-            config.student, config.student_layers, gradient_checkpointing=config.gradient_checkpointing
-        )
-        require_vocabulary(model, data.vocab_size)
-        require_plain_head(model, data.vocab_size)
-        if config.peft is not None:
-            add_adapters(model, config.peft, config.seed)
-        freeze_parts(model, config.freeze)
-        student = StudentLoss(model, ladders, vocab_size=data.vocab_size, autocast=config.dtype == "bfloat16")
+
+        def load() -> StudentLoss:
+            ladders = [Ladder() for _ in data.readers]
+            if needs_lookups(config):
+                ladders = open_ladders(data.readers, asked_of(config), ranks.device, resources)
+            return StudentLoss(
+                _load_model(config, data.vocab_size), ladders,
+                vocab_size=data.vocab_size, autocast=config.dtype == "bfloat16",
+            )  # fmt: skip
+
+        student = ranks.together(load)
         engine = open_engine(student, config, ranks)
         checkpoint = latest_checkpoint(run_dir)
-        first_step = load_checkpoint(checkpoint, engine, curriculum.moving) if checkpoint else 0
-        return Training(
-            config, data, engine, ranks, curriculum, ladders, order, num_steps, first_step, resources.pop_all()
-        )
+        first_step = ranks.together(lambda: load_checkpoint(checkpoint, engine, curriculum.moving)) if checkpoint else 0
+        return Training(config, data, engine, ranks, curriculum, order, num_steps, first_step, resources.pop_all())
+
+
+def _load_model(config: DistillConfig, vocab_size: int) -> Any:
+    """The student as it begins, with what is trained of it requiring gradients."""
+    model = load_student(config.student, config.student_layers, gradient_checkpointing=config.gradient_checkpointing)
+    require_vocabulary(model, vocab_size)
+    require_plain_head(model, vocab_size)
+    if config.peft is not None:
+        add_adapters(model, config.peft, config.seed)
+    freeze_parts(model, config.freeze)
+    return model
