@@ -18,7 +18,7 @@ venv: .venv/installed
 # torch first and alone, so that the wheel this machine's pip prefers (CPU or CUDA) is settled before anything needs it
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 # DeepSpeed's CUDA kernels would need a compiler now; those a run uses are built when it starts
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,deepspeed,peft,tensorboard,demo]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,bitsandbytes,deepspeed,demo,peft,tensorboard]'
 	touch $@
 
 test: venv

@@ -4,6 +4,7 @@ torch and transformers are imported inside the commands, so that ``--help`` answ
 """
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -18,6 +19,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Run the teacher once, distill as many students as you like from disk.",
 )
+
+
+@app.callback()
+def _launched(local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None) -> None:
+    """Take what `deepspeed` puts before the command; it says the same in LOCAL_RANK."""
+
+
 for command in (estimate, teacher_dump, inspect, verify, compact, losses, distill, evaluate):
     app.command()(command)
 

@@ -64,7 +64,6 @@ def distill(
     ] = None,
     keep_checkpoints: Annotated[int | None, typer.Option(help="Keep the latest so many, for good.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, or begin it.")] = False,
-    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True, help="Given by `deepspeed`.")] = None,
     config: ConfigFile = None,
     settings: Settings = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what the run would do.")] = False,

@@ -10,6 +10,8 @@ from workers.distill.schedules import ScheduleConfig, SwitchConfig, losses_in_tu
 from workers.distill.selection import FilterConfig
 from workers.lookup.config import LookupConfig, OnMiss
 
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -19,7 +21,7 @@ class OptimizerConfig(_Section):
     """AdamW on float32 weights, with warm-up and decay of the learning rate."""
 
     name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """adamw is torch's, fused; the others are those of bitsandbytes."""
+    """adamw is torch's, fused; the others are those of bitsandbytes, for engine torch alone."""
     lr: float = Field(2e-5, gt=0, allow_inf_nan=False)
     """Highest learning rate, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -106,7 +108,7 @@ class DistillConfig(_Section):
     """Wins over epochs."""
     seed: int = Field(0, ge=0, lt=2**63)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """bfloat16 is autocast over float32 weights."""
+    """bfloat16 is autocast over float32 weights, or with fsdp2 and deepspeed a bfloat16 copy of them."""
     device: str = "auto"
     sequences_per_step: int = Field(8, ge=1)
     """Sequences of one optimizer step, of all ranks together."""
@@ -125,7 +127,7 @@ class DistillConfig(_Section):
     """Steps between evaluations on ``eval_cache``; None evaluates before the first step and after the last."""
     early_stopping: EarlyStoppingConfig | None = None
     """End the run before its last step where evaluations improve no more."""
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()
+    trackers: tuple[TrackerName, ...] = ()
     """Where the steps are reported beside ``metrics.jsonl``; each is an extra of its name."""
     tracker_project: str = Field("logit-cache", min_length=1)
     """The project of W&B and Trackio, the experiment of MLflow."""

@@ -55,7 +55,9 @@ class ScheduleConfig(_Section):
     """A parameter as it is given elsewhere, ``loss.temperature`` or ``loss.kl.temperature``, or the weight of a loss in
     its sum, as ``loss.s_ld.weight``."""
     start: Number
+    """Its value until it moves."""
     end: Number
+    """Its value when it has moved."""
     shape: Literal["linear", "cosine", "step"] = "linear"
     """``step`` jumps from ``start`` to ``end`` at ``from_step``."""
     from_step: Step | None = None
@@ -119,6 +121,7 @@ class SwitchConfig(_Section):
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """The same by the share of the run that is done before it."""
     loss: LossConfig
+    """The loss from then on."""
     prompt_loss: LossConfig | None = None
     """None keeps the one there was."""
 

@@ -46,17 +46,21 @@ class FilterConfig(BaseModel):
     exclude_sources: tuple[str, ...] = ()
     """Leave these out."""
     min_tokens: int | None = Field(None, ge=1)
-    """Tokens of prompt and response together."""
+    """Tokens of prompt and response together, at least."""
     max_tokens: int | None = Field(None, ge=1)
+    """The same, at most."""
     min_positions: int | None = Field(None, ge=1)
-    """Trained positions of the response."""
+    """Trained positions of the response, at least."""
     max_positions: int | None = Field(None, ge=1)
+    """The same, at most."""
     min_confidence: Probability | None = None
-    """The teacher's highest probability at temperature 1, its mean over the response's positions."""
+    """The teacher's highest probability at temperature 1, its mean over the response's positions, at least."""
     max_confidence: Probability | None = None
+    """The same, at most."""
     min_label_probability: Probability | None = None
-    """The teacher's probability of the response's own token, its mean over the positions."""
+    """The teacher's probability of the response's own token, its mean over the positions, at least."""
     max_label_probability: Probability | None = None
+    """The same, at most."""
 
     def bounds(self, name: str) -> dict[str, float]:
         """The least and the most that was given, by key."""

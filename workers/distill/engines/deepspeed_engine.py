@@ -11,7 +11,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from workers.distill.terms import ScaledTerm
 from workers.errors import InputError
 from workers.lookup.batch import Batch
 from workers.ranks import Ranks
+from workers.standard_output import stdout_to_stderr
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -58,7 +58,7 @@ class DeepSpeedEngine:
         head = list(student.model.get_output_embeddings().parameters())
         offloaded = settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
         self._optimizer = _adamw(self._trained, config.optimizer, ranks.device, offloaded=offloaded)
-        with _stdout_to_stderr():
+        with stdout_to_stderr():
             deepspeed.init_distributed()
             self._engine, *_ = deepspeed.initialize(model=student, optimizer=self._optimizer, config=settings)
         if self._stage == 3:
@@ -67,7 +67,7 @@ class DeepSpeedEngine:
             self._set_masters(exact)
 
     def backward(self, batch: Batch, terms: Sequence[ScaledTerm], *, last: bool) -> Tensor:
-        with _stdout_to_stderr():
+        with stdout_to_stderr():
             self._engine.set_gradient_accumulation_boundary(last)
             loss, shares = self._engine(lambda student: student.share(batch, terms))
             self._engine.backward(loss * self._ranks.size)
@@ -77,7 +77,7 @@ class DeepSpeedEngine:
     def step(self, lr: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        with _stdout_to_stderr():
+        with stdout_to_stderr():
             if self._stage == 0:
                 return self._step_unpartitioned()
             self._engine.step()
@@ -96,7 +96,7 @@ class DeepSpeedEngine:
 
         self._engine.eval()
         try:
-            with torch.no_grad(), _stdout_to_stderr():
+            with torch.no_grad(), stdout_to_stderr():
                 self._engine(run)
         finally:
             self._engine.train()
@@ -170,7 +170,7 @@ class DeepSpeedEngine:
         for name, weight in self._trained.items():
             self._set(weight, weights[name])
         partitioned = self._engine.optimizer
-        with torch.no_grad(), _stdout_to_stderr():
+        with torch.no_grad(), stdout_to_stderr():
             if self._stage in (1, 2):
                 partitioned.update_lp_params()
             elif self._stage == 3:
@@ -236,7 +236,7 @@ def _adamw(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         try:
-            with _stdout_to_stderr():
+            with stdout_to_stderr():
                 made: torch.optim.Optimizer = DeepSpeedCPUAdam(
                     groups, lr=config.lr, betas=config.betas, eps=config.eps, adamw_mode=True
                 )
@@ -252,7 +252,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
-        with _stdout_to_stderr():
+        with stdout_to_stderr():
             import deepspeed
     except ImportError:
         raise InputError("DeepSpeed is not installed: pip install 'logit-cache[deepspeed]'") from None
@@ -266,10 +266,3 @@ def _import_deepspeed(device: torch.device) -> Any:
     # Gloo does without; DeepSpeed would compile it for a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-@contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Standard output is for results; DeepSpeed prints to it."""
-    with redirect_stdout(sys.stderr):
-        yield
