@@ -20,7 +20,8 @@ from typing import Any
 
 from cache_schema.storage import publish_text, refused
 from pipeline.progress import say
-from pipeline.tracker_kinds import TRACKERS, Outcome, Tracker, TrackerName, failures_of
+from pipeline.tracker_kinds import TRACKERS, Outcome, Tracker, failures_of
+from workers.distill.config import TrackerName
 from workers.errors import InputError
 from workers.standard_output import stdout_to_stderr
 
