@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from workers.distill.config import DistillConfig
+from workers.distill.config import DistillConfig, EngineConfig
 from workers.distill.engines.deepspeed_config import deepspeed_config
 from workers.errors import InputError
 
@@ -213,3 +213,16 @@ def test_a_file_that_cannot_be_used_is_refused(write, content, message):
 def test_a_file_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"none\.json cannot be read: No such file"):
         configured(tmp_path / "none.json")
+
+
+def test_a_run_that_names_no_stage_takes_the_file_s(tmp_path):
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 3}}', encoding="utf-8")
+    assert configured(file, stage=None)["zero_optimization"]["stage"] == 3
+    assert configured(stage=None)["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.parametrize("key", ["zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config"])
+def test_what_is_deepspeed_s_is_refused_for_another_engine(key):
+    with pytest.raises(ValueError, match=f"engine.{key} is for DeepSpeed"):
+        EngineConfig.model_validate({"name": "fsdp2", key: 1 if key == "zero_stage" else "cpu"})

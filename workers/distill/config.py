@@ -55,14 +55,22 @@ class EngineConfig(_Section):
 
     name: Literal["torch", "fsdp2", "deepspeed"] = "torch"
     """torch: whole on every rank (DDP where there are several); fsdp2: in shards; deepspeed: by ``zero_stage``."""
-    zero_stage: int = Field(2, ge=0, le=3)
-    """DeepSpeed divides over the ranks, 1: moments and float32 weights; 2: gradients too; 3: weights too."""
+    zero_stage: int | None = Field(None, ge=0, le=3)
+    """What DeepSpeed divides over the ranks, 1: moments and float32 weights; 2: gradients too; 3: weights too. None is
+    that of ``deepspeed_config``, or 2."""
     offload_optimizer: str | None = None
     """DeepSpeed: keep moments and float32 weights in memory (``cpu``) or in a directory on a local NVMe."""
     offload_parameters: str | None = None
     """The same for the weights of stage 3."""
     deepspeed_config: str | None = None
     """A DeepSpeed JSON file; what it says of this run must be "auto", absent or the same."""
+
+    @model_validator(mode="after")
+    def _for_deepspeed_alone(self) -> "EngineConfig":
+        for key in ("zero_stage", "offload_optimizer", "offload_parameters", "deepspeed_config"):
+            if self.name != "deepspeed" and getattr(self, key) is not None:
+                raise ValueError(f"engine.{key} is for DeepSpeed: give --engine deepspeed, or leave it out")
+        return self
 
 
 class EarlyStoppingConfig(_Section):

@@ -13,6 +13,7 @@ from workers.distill.config import DistillConfig
 from workers.errors import InputError
 
 AUTO = "auto"
+DEFAULT_STAGE = 2
 
 _SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
@@ -118,7 +119,8 @@ def _ours(config: DistillConfig, num_ranks: int) -> Iterator[tuple[str, Any, str
     yield "optimizer.params.weight_decay", optimizer.weight_decay, "optimizer.weight_decay"
     yield "optimizer.params.adam_w_mode", True, "it to true"
     yield "bf16.enabled", config.dtype == "bfloat16", "dtype (bfloat16 or float32)"
-    yield "zero_optimization.stage", engine.zero_stage, "engine.zero_stage"
+    if engine.zero_stage is not None:
+        yield "zero_optimization.stage", engine.zero_stage, "engine.zero_stage"
     for key, place in _offloads(config).items():
         yield f"zero_optimization.{key}.device", place["device"], f"engine.{_OFFLOADS[key]}"
         if "nvme_path" in place:
@@ -147,7 +149,7 @@ def _require_scheduler(config: DistillConfig, given: dict[str, Any]) -> None:
 
 
 def _merged(config: DistillConfig, given: dict[str, Any], num_ranks: int, hidden_size: int) -> dict[str, Any]:
-    stage, passed = config.engine.zero_stage, copy.deepcopy(given)
+    stage, passed = _stage(config, given), copy.deepcopy(given)
     for section in ("optimizer", "scheduler", "fp16"):
         passed.pop(section, None)
     zero = _section(passed, "zero_optimization")
@@ -159,7 +161,7 @@ def _merged(config: DistillConfig, given: dict[str, Any], num_ranks: int, hidden
     zero = _without_auto({key: sizes[key] if key in sizes and value == AUTO else value for key, value in zero.items()})
     for key, place in _offloads(config).items():
         zero[key] = {**zero.get(key, {}), **place}
-    _require_offload(config, zero)
+    _require_offload(zero, stage)
     return {
         # Gradients of many ranks are added up in float32, as those of micro-batches are.
         "communication_data_type": "fp32",
@@ -180,6 +182,14 @@ def _merged(config: DistillConfig, given: dict[str, Any], num_ranks: int, hidden
     }
 
 
+def _stage(config: DistillConfig, given: dict[str, Any]) -> int:
+    """As the run asks, or else the file."""
+    in_file = _at(given, "zero_optimization.stage")
+    if config.engine.zero_stage is not None:
+        return config.engine.zero_stage
+    return in_file if isinstance(in_file, int) else DEFAULT_STAGE
+
+
 def _offloads(config: DistillConfig) -> dict[str, dict[str, str]]:
     """DeepSpeed's sections for what the run offloads."""
     places = {key: getattr(config.engine, setting) for key, setting in _OFFLOADS.items()}
@@ -190,15 +200,15 @@ def _offloads(config: DistillConfig) -> dict[str, dict[str, str]]:
     }
 
 
-def _require_offload(config: DistillConfig, zero: dict[str, Any]) -> None:
+def _require_offload(zero: dict[str, Any], stage: int) -> None:
     """Refuse an offload that the stage does not have: DeepSpeed would leave it out, or fail deep inside."""
     for key, setting in _OFFLOADS.items():
         device = zero.get(key, {}).get("device", "none")
         lowest = 3 if device == "nvme" or key == "offload_param" else 1
-        if device != "none" and config.engine.zero_stage < lowest:
+        if device != "none" and stage < lowest:
             raise InputError(
                 f"engine.{setting}: {device} needs ZeRO stage {lowest}{'' if lowest == 3 else ' or higher'}: set "
-                f"engine.zero_stage, now {config.engine.zero_stage}, or leave the offload out."
+                f"engine.zero_stage, now {stage}, or leave the offload out."
             )
 
 

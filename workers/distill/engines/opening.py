@@ -24,12 +24,12 @@ def check_engine(config: DistillConfig, ranks: Ranks) -> None:
     if name == "deepspeed":
         from workers.distill.engines.deepspeed_config import deepspeed_config
 
-        if config.peft is not None and config.peft.method == "dora" and config.engine.zero_stage == 3:
+        settings = deepspeed_config(config, num_ranks=ranks.size, hidden_size=1)
+        if config.peft is not None and config.peft.method == "dora" and settings["zero_optimization"]["stage"] == 3:
             raise InputError(
                 "peft.method=dora: PEFT reads whole weights where ZeRO-3 holds shards: choose --zero-stage 2, --engine "
                 "fsdp2, or lora."
             )
-        deepspeed_config(config, num_ranks=ranks.size, hidden_size=1)
 
 
 def open_engine(student: StudentLoss, config: DistillConfig, ranks: Ranks) -> Engine:
