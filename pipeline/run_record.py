@@ -14,7 +14,8 @@ from typing import IO, Any
 
 import tomli_w
 
-from cache_schema.storage import discard_leftovers, publish, publish_text, refused
+from cache_schema.storage import discard_leftovers, discard_leftovers_in, publish, publish_text, refused
+from workers.distill.checkpoint import FOLDER
 from workers.errors import InputError
 from workers.lookup.ladder import TIERS
 
@@ -65,6 +66,8 @@ class RunRecord:
         names = [RUN_NAME, CONFIG_NAME, METRICS_NAME, MODEL_NAME, EMA_NAME, ADAPTER_NAME, BASE_NAME]
         for path in [self.run_dir / name for name in names]:
             discard_leftovers(path)
+        for folder in (self.run_dir / FOLDER, self.best_dir):
+            discard_leftovers_in(folder)
 
     def find(self, config: dict[str, Any], made_of: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
         """Look at the directory before anything is loaded; the summary, if this very run is finished in it.
@@ -111,7 +114,7 @@ class RunRecord:
         if len(kept) != first_step:
             raise InputError(
                 f"{path} holds {len(kept)} of the {first_step} steps before the checkpoint: restore it, or delete "
-                f"{self.run_dir / 'checkpoints'} to begin again."
+                f"{self.run_dir / FOLDER} to begin again."
             )
         self._count_dropped([record for record in records if record["step"] > first_step])
         with publish(path) as temporary:

@@ -33,7 +33,7 @@ def save_models(
         said["adapter"] = str(record.adapter_dir)
     if training.config.optimizer.ema_decay is not None:
         said["ema"] = str(record.ema_dir)
-        _save(training, record.ema_dir, EMA)
+        _save(training, record.ema_dir, averaged=True)
     if training.config.eval_every is None or after is None:
         return said
     if not evaluations.are_over:
@@ -46,19 +46,21 @@ def save_models(
     return said | {"best": best}
 
 
-def _save(training: Training, folder: Path, average: str | None = None, *, record: RunRecord | None = None) -> None:
-    """Publish the student, or the average of its weights, with the cache's tokenizer; adapters are merged. Collective.
+def _save(training: Training, folder: Path, *, averaged: bool = False, record: RunRecord | None = None) -> None:
+    """Publish the student, with the cache's tokenizer; adapters are merged. Collective.
 
     Args:
+        averaged: by the average of its weights.
         record: the run whose adapters are published alone too.
     """
-    ranks = training.ranks
+    ranks, engine = training.ranks, training.engine
     if ranks.from_first(folder.exists):
         return
+    average = ((name, state[EMA]) for name, state in engine.optimizer_state()) if averaged else None
     weights: dict[str, Tensor] = {}
-    for name, weight, state in training.engine.state():
+    for name, weight in average or engine.weights():
         if ranks.is_first:
-            weights[name.removeprefix("model.")] = (state[average] if average else weight).cpu()
+            weights[name.removeprefix("model.")] = weight.cpu()
     ranks.from_first(lambda: _publish(training, folder, weights, record))
 
 

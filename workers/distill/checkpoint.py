@@ -77,13 +77,15 @@ def load_checkpoint(folder: Path, engine: Engine, moving: Mapping[int, TaidSched
 def _own_part(engine: Engine, ranks: Ranks) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights and the optimizer's state that this rank writes: those of about as many numbers as any other's."""
     weights: dict[str, Tensor] = {}
-    optimizer: dict[str, Tensor] = {}
     given = [0] * ranks.size
-    for name, weight, state in engine.state():
+    for name, weight in engine.weights():
         owner = given.index(min(given))
         given[owner] += weight.numel()
         if owner == ranks.rank:
             weights[name] = weight.cpu().contiguous()
+    optimizer: dict[str, Tensor] = {}
+    for name, state in engine.optimizer_state():
+        if name in weights:
             # Cloned where they are small: several may be views of one number.
             optimizer |= {
                 f"{name}/{key}": value.cpu().clone() if value.ndim == 0 else value.cpu().contiguous()

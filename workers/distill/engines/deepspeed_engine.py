@@ -102,16 +102,20 @@ class DeepSpeedEngine:
             self._engine.train()
         return made[0]
 
-    def state(self) -> Iterator[tuple[str, Tensor, Tensors]]:
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in self._trained.items():
+            yield name, self._master(weight)
+
+    def optimizer_state(self) -> Iterator[tuple[str, Tensors]]:
         step = next((state["step"] for state in self._optimizer.state.values() if "step" in state), None)
         if step is not None:
             self._find_moments()
         for name, weight in self._trained.items():
             if step is None:
-                yield name, self._master(weight), {}
-                continue
-            moments = {key: self._moment(weight, key) for key in MOMENTS}
-            yield name, self._master(weight), {"step": torch.tensor(float(step)), **moments}
+                yield name, {}
+            else:
+                moments = {key: self._moment(weight, key) for key in MOMENTS}
+                yield name, {"step": torch.tensor(float(step)), **moments}
 
     def restore(self, weights: Tensors, optimizer: Tensors) -> None:
         self._set_masters(weights)

@@ -61,14 +61,20 @@ class Engine(Protocol):
         """
         ...
 
-    def state(self) -> Iterator[tuple[str, Tensor, Tensors]]:
-        """Every trained parameter, in one order on all ranks: its name within the student, its float32 master weight,
-        and its optimizer state (``step``, ``exp_avg``, ...; empty before the first step), whole, on any device.
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every trained parameter, in one order on all ranks: its name within the student and its float32 weight.
 
-        Collective: all ranks run through it together. The tensors stay as they are until the next step.
+        Whole, on any device, and as they are until the next step. Collective: all ranks run through it together.
+        """
+        ...
+
+    def optimizer_state(self) -> Iterator[tuple[str, Tensors]]:
+        """The same of what the optimizer keeps beside each: ``step``, ``exp_avg``, ...; nothing before the first step.
+
+        Collective.
         """
         ...
 
     def restore(self, weights: Tensors, optimizer: Tensors) -> None:
-        """Put back what ``state`` gave; optimizer state by ``name/key``. Mappings may read from disk when asked."""
+        """Put back what these gave; optimizer state by ``name/key``. Mappings may read from disk when asked."""
         ...

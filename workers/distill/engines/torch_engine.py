@@ -74,10 +74,14 @@ class TorchEngine:
         self.student.train()
         return result
 
-    def state(self) -> Iterator[tuple[str, Tensor, Tensors]]:
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._parameters.items():
+            yield name, _whole(parameter.detach())
+
+    def optimizer_state(self) -> Iterator[tuple[str, Tensors]]:
         for name, parameter in self._parameters.items():
             state = self._optimizer.state.get(parameter, {})
-            yield name, _whole(parameter.detach()), {key: _whole(stored(value)) for key, value in state.items()}
+            yield name, {key: _whole(stored(value)) for key, value in state.items()}
 
     def restore(self, weights: Tensors, optimizer: Tensors) -> None:
         keys_of: dict[str, list[str]] = {}
