@@ -37,13 +37,12 @@ def main() -> None:
     held_out = dump_held_out()
     rows = {name: train(name, flags, cache, held_out, options) for name, flags in VARIANTS.items()}
     before = next(iter(rows.values()))["eval_before"]
-    print(f"{'student':<28} {'overlap@1':>9} {'overlap@8':>9} {'KL':>6} {'s/step':>7} {'adapter':>9}  reloaded")
+    print(f"{'student':<28} {'overlap@1':>9} {'overlap@8':>9} {'KL':>6} {'adapter':>10}  reloaded")
     print(f"{'before':<28} {measures(before)}")
     for name, summary in rows.items():
         size = folder_size(Path(summary["adapter"])) if "adapter" in summary else 0
         adapter = f"{size / 2**20:.1f} MiB" if size else "-"
-        seconds = summary["seconds"] / summary["steps"]
-        print(f"{name:<28} {measures(summary['eval'])} {seconds:>7.2f} {adapter:>9}  {reloaded(summary)}")
+        print(f"{name:<28} {measures(summary['eval'])} {adapter:>10}  {reloaded(summary)}")
 
 
 def dump_held_out() -> Path:
@@ -73,7 +72,9 @@ def folder_size(folder: Path) -> int:
 def reloaded(summary: dict[str, Any]) -> str:
     """How far the merged model's logits are from those of base and adapter, by plain transformers and plain PEFT."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     run = Path(summary["run"])
     tokens = AutoTokenizer.from_pretrained(run / "model")("Name three things in a kitchen.", return_tensors="pt")
     with torch.no_grad():
