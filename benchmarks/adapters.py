@@ -1,4 +1,4 @@
-"""The same student from the same cache, trained whole, by LoRA and by DoRA: agreement with the teacher, sizes, reloading.
+"""The same student from the same cache, trained whole, by LoRA and by DoRA: agreement with the teacher, and reloading.
 
     python -m benchmarks.adapters --steps 80
 
