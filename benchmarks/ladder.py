@@ -62,8 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     cache = dump("ladder", options.data, options.rows)
     runs = {"ladder": training(cache, options), "dense": training(cache, options)}
-    dense = DenseLadder(runs["dense"].readers[0])
-    runs["dense"].ladders[:] = [dense]
+    dense = DenseLadder(runs["dense"].data.readers[0])
     runs["dense"].engine.student.ladders = (dense,)
     steps: dict[str, Iterator[dict[str, Any]]] = {name: run.steps() for name, run in runs.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}

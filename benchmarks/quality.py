@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.material import OUT, STUDENT_LAYERS, TEACHER, add_data_options, dump, pipeline
 from cache_schema import CacheReader
 from workers.distill.config import OptimizerConfig
+from workers.distill.learning_rate import learning_rate
 from workers.distill.order import Order
-from workers.distill.schedules import learning_rate
 from workers.distill.student import keep_layers
 from workers.losses.dense import dense_loss
 

@@ -28,6 +28,7 @@ def build_config(model: type[Model], file: Path | None, settings: Sequence[str],
         if not equals or not key:
             raise InputError(f"--set {setting}: write key=value, for instance --set optimizer.lr=1e-4.")
         _assign(values, key.strip(), _parse(text.strip()))
+    _leave_other_engine(values, flags)
     for key, value in flags.items():
         if value is not None:
             _assign(values, key, value)
@@ -38,6 +39,13 @@ def build_config(model: type[Model], file: Path | None, settings: Sequence[str],
         return model.model_validate(values)
     except ValidationError as error:
         raise InputError(_explain(error)) from None
+
+
+def _leave_other_engine(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
+    """An engine named by its flag needs nothing of what a file, a run's own perhaps, says of another."""
+    given, named = values.get("engine"), flags.get("engine.name")
+    if named is not None and isinstance(given, dict) and given.get("name", "torch") != named:
+        values["engine"] = {}
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 import re
 import resource
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,18 @@ import torch
 
 from cache_schema.reader import CacheReader
 from cache_schema.storage import exclusive
-from pipeline.evaluation import measure, require_top_k
+from pipeline.evaluation import HeldOut, require_top_k
 from pipeline.evaluations import Evaluations, require_metric
 from pipeline.fetching import at_hand
 from pipeline.model_card import write_model_card
-from pipeline.progress import progress_bar, say
+from pipeline.progress import say
 from pipeline.run_record import RunRecord
 from pipeline.stopping import stop_asked
-from pipeline.students import save_best, save_models
-from pipeline.trackers import Trackers, open_trackers, require_trackers
+from pipeline.students import save_models
+from pipeline.trackers import open_trackers, require_trackers
+from pipeline.training_run import TrainingRun
 from workers.device import device_name, resolve_device
-from workers.distill.checkpoint import FOLDER, save_checkpoint
+from workers.distill.checkpoint import FOLDER
 from workers.distill.checks import asked_of, check, needs_lookups
 from workers.distill.config import DistillConfig
 from workers.distill.curriculum import configs_in_turn
@@ -32,7 +33,7 @@ from workers.distill.engines.opening import check_engine
 from workers.distill.loss_config import LossConfig
 from workers.distill.order import ORDER_VERSION
 from workers.distill.terms import losses_of
-from workers.distill.train import Training, prepare
+from workers.distill.train import prepare
 from workers.errors import InputError
 from workers.lookup.opening import open_log, source_of_misses
 from workers.ranks import Ranks, joined
@@ -55,7 +56,7 @@ def run(config: DistillConfig, run_dir: Path, *, resume: bool) -> dict[str, Any]
 
 def _run(config: DistillConfig, run_dir: Path, ranks: Ranks, *, resume: bool) -> dict[str, Any]:
     record = RunRecord(run_dir)
-    data, eval_reader = ranks.together(lambda: check_all(config, ranks))
+    data, eval_reader = ranks.together(lambda: check_all(config, ranks.size))
     made_of = ranks.from_first(lambda: _made_of(config, data, eval_reader, ranks))
     asked = config.model_dump(mode="json")
     # Refuses another run's directory before anything is made.
@@ -69,21 +70,33 @@ def _run(config: DistillConfig, run_dir: Path, ranks: Ranks, *, resume: bool) ->
             ranks.from_first(lambda: _discard_checkpoints(config, record))
             return finished
         ranks.from_first(record.discard_leftovers)
+        record.require_shared(ranks)
         if ranks.is_first:
             _say_what_is_bounded(config, data.readers)
+            _say_where_the_rate_ends(config, data)
         is_asked_to_stop = held.enter_context(stop_asked())
+        held_out = ranks.together(lambda: HeldOut(eval_reader, ranks, config.lookups.dir)) if eval_reader else None
         with closing(prepare(config, data, run_dir, ranks)) as training:
-            before = ranks.from_first(record.eval_before) if training.first_step else _evaluate(training, eval_reader)
+            first_step = training.first_step
+            before = ranks.from_first(lambda: record.eval_before() if first_step else None)
+            if held_out and not first_step:
+                before = held_out.measure(training.engine.measure)
             ranks.from_first(lambda: record.begin(asked, made_of, before))
-            past = ranks.from_first(lambda: record.metrics(training.first_step))
+            past = ranks.from_first(lambda: record.metrics(first_step))
             evaluations = Evaluations.of(config, past, eval_reader.plan.top_k if eval_reader else 0)
-            trackers = held.enter_context(_trackers(training, run_dir, asked))
-            if before and not training.first_step:
+            told = config.trackers if ranks.is_first else ()
+            trackers = ranks.together(
+                lambda: held.enter_context(
+                    open_trackers(told, run_dir, config.tracker_project, asked, first_step=first_step)
+                )
+            )
+            if before and not first_step:
                 trackers.log({"step": 0, "eval": before})
-            done = _train(training, record, eval_reader, evaluations, trackers, is_asked_to_stop)
+            steps = TrainingRun(training, record, held_out, evaluations, trackers)
+            done = steps.train(is_asked_to_stop)
             if done < training.num_steps and not evaluations.are_over:
                 return {"run": str(run_dir), "steps": done, "of_steps": training.num_steps, "stopped": True}
-            after = _evaluate(training, eval_reader)
+            after = steps.evaluate()
             extra = save_models(training, record, evaluations, done, after)
         peak = max(ranks.gather(_peak_memory_bytes(ranks.device)))
         extra |= {"peak_memory_bytes": peak, "ranks": ranks.size, "eval_before": before, "eval": after}
@@ -94,17 +107,9 @@ def _run(config: DistillConfig, run_dir: Path, ranks: Ranks, *, resume: bool) ->
     return summary
 
 
-def _trackers(training: Training, run_dir: Path, asked: dict[str, Any]) -> AbstractContextManager[Trackers]:
-    """Those of the run, on the rank that writes."""
-    config, names = training.config, training.config.trackers if training.ranks.is_first else ()
-    return training.ranks.together(
-        lambda: open_trackers(names, run_dir, config.tracker_project, asked, first_step=training.first_step)
-    )
-
-
-def check_all(config: DistillConfig, ranks: Ranks) -> tuple[TrainingData, CacheReader | None]:
+def check_all(config: DistillConfig, num_ranks: int | None) -> tuple[TrainingData, CacheReader | None]:
     """Open the caches, refusing from files alone what cannot be trained."""
-    check_engine(config, ranks)
+    check_engine(config, num_ranks)
     require_trackers(config.trackers)
     for location in config.cache:
         at_hand(location)  # with a progress bar, before it is looked at
@@ -118,7 +123,8 @@ def expected_work(config: DistillConfig) -> dict[str, Any]:
     Raises:
         InputError, CacheError: it would be refused.
     """
-    data, _ = check_all(config, Ranks(resolve_device(config.device)))
+    resolve_device(config.device)
+    data, _ = check_all(config, None)
     order, num_steps = data.order(config), data.num_steps(config)
     sources = [source_of_misses(reader, asked_of(config)) for reader in data.readers]
     return {
@@ -147,42 +153,14 @@ def _say_what_is_bounded(config: DistillConfig, readers: Sequence[CacheReader]) 
             )
 
 
-def _train(
-    training: Training,
-    record: RunRecord,
-    eval_reader: CacheReader | None,
-    evaluations: Evaluations,
-    trackers: Trackers,
-    is_asked_to_stop: Callable[[], bool],
-) -> int:
-    """To the last step, or to where the run is asked to stop or evaluations improve no more; returns the steps done."""
-    config, ranks, done = training.config, training.ranks, training.first_step
-    with ExitStack() as opened:
-        metrics = ranks.together(lambda: opened.enter_context(record.open_metrics(done)) if ranks.is_first else None)
-        progress = opened.enter_context(progress_bar("distilling", shown=ranks.is_first))
-        steps = training.steps(is_asked_to_stop)
-        while not evaluations.are_over and (step := next(steps, None)):
-            done = step["step"]
-            if eval_reader and config.eval_every and done % config.eval_every == 0 and done < training.num_steps:
-                step["eval"] = _evaluate(training, eval_reader)
-                if evaluations.add(done, step["eval"]):
-                    save_best(training, record, done)
-            if metrics:
-                record.append(metrics, step)
-            trackers.log(step)
-            if done % config.checkpoint_every == 0:
-                _checkpoint(training, record, done, evaluations)
-            progress(done, training.num_steps)
-    _checkpoint(training, record, done, evaluations)
-    return done
-
-
-def _checkpoint(training: Training, record: RunRecord, done: int, evaluations: Evaluations) -> None:
-    """Of a run that has begun; students that a resumed run will not look back at go."""
-    if done:
-        keep = training.config.keep_checkpoints or 1
-        save_checkpoint(record.run_dir, done, training.engine, training.curriculum.moving, training.ranks, keep=keep)
-        training.ranks.from_first(lambda: record.keep_best(evaluations.best_step))
+def _say_where_the_rate_ends(config: DistillConfig, data: TrainingData) -> None:
+    """As a short trial of a long recipe has it."""
+    warmup_steps, num_steps = config.optimizer.warmup_steps or 0, data.num_steps(config)
+    if warmup_steps > num_steps:
+        say(
+            f"warning: optimizer.warmup_steps={warmup_steps} is more than the run's {num_steps} steps: the learning "
+            f"rate ends below optimizer.lr"
+        )
 
 
 def _discard_checkpoints(config: DistillConfig, record: RunRecord) -> None:
@@ -203,12 +181,6 @@ def _eval_reader(config: DistillConfig, reader: CacheReader) -> CacheReader | No
             f"the same teacher."
         )
     return held_out
-
-
-def _evaluate(training: Training, eval_reader: CacheReader | None) -> dict[str, Any] | None:
-    if eval_reader is None:
-        return None
-    return measure(training.engine.measure, eval_reader, training.ranks, training.config.lookups.dir)
 
 
 def _made_of(

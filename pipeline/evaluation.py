@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from cache_schema.errors import CacheError
 from cache_schema.reader import CacheReader
 from pipeline.progress import progress_bar, say
 from workers.device import resolve_device
 from workers.errors import InputError
-from workers.evaluate.overlap import evaluate_on_cache
+from workers.evaluate.overlap import Run, evaluate_on_cache
+from workers.lookup.ladder import Ladder
 from workers.lookup.opening import ladder_of_whole_rows
 from workers.ranks import Ranks
 from workers.teacher.checkpoint import (
@@ -50,7 +50,7 @@ def evaluate_model(model: str, cache_dir: Path, device_name: str, lookups: Path 
         with torch.inference_mode():
             return job(loaded)
 
-    return measure(run, reader, Ranks(device), str(lookups) if lookups else None)
+    return HeldOut(reader, Ranks(device), str(lookups) if lookups else None).measure(run)
 
 
 def require_top_k(reader: CacheReader) -> None:
@@ -66,25 +66,32 @@ def require_top_k(reader: CacheReader) -> None:
         )
 
 
-def measure(
-    run: Callable[[Callable[[Any], Tensor]], Tensor], reader: CacheReader, ranks: Ranks, lookups_dir: str | None
-) -> dict[str, Any]:
-    """A model that ``run`` calls its argument with, against a held-out cache. Collective.
+class HeldOut:
+    """A held-out cache to measure models on, and the teacher's whole rows where they can be had.
 
-    A log that cannot be read costs the KL and no more.
+    A lookup log that cannot be read costs the KL and no more.
+
+    Args:
+        lookups_dir: where the cache's log is, if it is not the one in the cache.
 
     Raises:
         InputError: the cache stores draws.
+        CacheError: its hidden states or its head are damaged.
     """
-    require_top_k(reader)
-    try:
-        ladder = ladder_of_whole_rows(reader, ranks.device, lookups_dir)
-    except (CacheError, OSError) as error:
-        if reader.has_hidden_states:
-            raise
-        say(f"warning: no KL, the lookup log of {reader.cache_dir} cannot be used: {error}")
-        ladder = None
-    if not all(ranks.gather(ladder is not None)):
-        ladder = None
-    with progress_bar("evaluating", shown=ranks.is_first) as progress:
-        return evaluate_on_cache(run, reader, ladder, ranks, progress)
+
+    def __init__(self, reader: CacheReader, ranks: Ranks, lookups_dir: str | None) -> None:
+        require_top_k(reader)
+        self._reader, self._ranks = reader, ranks
+        self._ladder: Ladder | None = None
+        try:
+            self._ladder = ladder_of_whole_rows(reader, ranks.device, lookups_dir)
+        except (CacheError, OSError) as error:
+            if reader.has_hidden_states:
+                raise
+            say(f"warning: no KL, the lookup log of {reader.cache_dir} cannot be used: {error}")
+
+    def measure(self, run: Run) -> dict[str, Any]:
+        """The model that ``run`` calls its argument with. Collective."""
+        ladder = self._ladder if all(self._ranks.gather(self._ladder is not None)) else None
+        with progress_bar("evaluating", shown=self._ranks.is_first) as progress:
+            return evaluate_on_cache(run, self._reader, ladder, self._ranks, progress)

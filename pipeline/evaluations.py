@@ -52,6 +52,8 @@ class Evaluations:
         return True
 
     def _gain(self, value: float, over: float | None) -> float:
+        if not math.isfinite(value):
+            return -math.inf
         if over is None:
             return math.inf
         return value - over if _RISES[self.metric] else over - value

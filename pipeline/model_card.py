@@ -220,7 +220,8 @@ def _results(summary: Mapping[str, Any]) -> str:
     for name in dict.fromkeys([*before, *after]):
         lines.append(f"| {name} | {_number(before.get(name))} | {_number(after.get(name))} |")
     positions = summary["eval"].get("positions")
-    over = f"Over {positions} held-out positions: the" if positions else "The"
+    over = f"Over {positions} held-out positions" if positions else "Held out"
+    over = f"{over}, computed in {summary['eval'].get('dtype', 'float32')}: the"
     kinds = f"{over} share of the teacher's k likeliest tokens among the student's, KL(teacher ‖ student) and the loss "
     return "\n".join([f"{kinds}of the data's own tokens, in nats.", "", *lines])
 

@@ -6,6 +6,8 @@ its summary is there. Metrics are flushed step by step; resuming drops those aft
 
 import hashlib
 import json
+import os
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from cache_schema.storage import discard_leftovers, discard_leftovers_in, publis
 from workers.distill.checkpoint import FOLDER
 from workers.errors import InputError
 from workers.lookup.ladder import TIERS
+from workers.ranks import Ranks
 
 RUN_NAME = "run.json"
 CONFIG_NAME = "config.toml"
@@ -26,6 +29,7 @@ MODEL_NAME = "model"
 EMA_NAME = "ema"
 ADAPTER_NAME = "adapter"
 BASE_NAME = "base"
+_MARK_NAME = "ranks"
 BEST_NAME = "best"
 # Paths, which the fingerprints beside them say better, and what changes nothing of the training.
 _NOT_COMPARED = {
@@ -63,11 +67,29 @@ class RunRecord:
 
     def discard_leftovers(self) -> None:
         """Remove what a killed run left half-written; the caller holds the directory's lock."""
-        names = [RUN_NAME, CONFIG_NAME, METRICS_NAME, MODEL_NAME, EMA_NAME, ADAPTER_NAME, BASE_NAME]
+        names = [RUN_NAME, CONFIG_NAME, METRICS_NAME, MODEL_NAME, EMA_NAME, ADAPTER_NAME, BASE_NAME, _MARK_NAME]
         for path in [self.run_dir / name for name in names]:
             discard_leftovers(path)
         for folder in (self.run_dir / FOLDER, self.best_dir):
             discard_leftovers_in(folder)
+
+    def require_shared(self, ranks: Ranks) -> None:
+        """Refuse a directory that a rank does not see as the first one does, before a checkpoint finds out. Collective.
+
+        Raises:
+            InputError: names the rank.
+        """
+        mark = ranks.from_first(lambda: _made(self.run_dir / f".{_MARK_NAME}.{secrets.token_hex(4)}.tmp"))
+
+        def look() -> None:
+            if not mark.exists():
+                raise InputError(
+                    f"--out {self.run_dir} is another directory for rank {ranks.rank} than for the first: give one "
+                    f"that all machines of the run share."
+                )
+
+        ranks.together(look)
+        ranks.from_first(mark.unlink)
 
     def find(self, config: dict[str, Any], made_of: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
         """Look at the directory before anything is loaded; the summary, if this very run is finished in it.
@@ -139,6 +161,17 @@ class RunRecord:
         try:
             metrics.write(json.dumps(step) + "\n")
             metrics.flush()
+        except OSError as error:
+            raise refused(self.run_dir / METRICS_NAME, error) from error
+
+    def secure(self, metrics: IO[str]) -> None:
+        """Bring the records to the disk, before a checkpoint that a power cut may leave and them not.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        try:
+            os.fsync(metrics.fileno())
         except OSError as error:
             raise refused(self.run_dir / METRICS_NAME, error) from error
 
@@ -216,6 +249,11 @@ class RunRecord:
                     f"{self.run_dir} belongs to another run: its {key} is {there.get(key)}, this command's is "
                     f"{wanted[key]}. Resume with the options it was started with, or give --out another directory."
                 )
+
+
+def _made(file: Path) -> Path:
+    file.touch()
+    return file
 
 
 def _foreign(run_dir: Path) -> Iterator[Path]:

@@ -39,14 +39,17 @@ def tidy_on_signals() -> Iterator[None]:
 
 @contextmanager
 def stop_asked() -> Iterator[Callable[[], bool]]:
-    """Yield whether a SIGTERM has come, for what ends at a moment of its own choosing; a second one ends it at once."""
+    """Yield whether a SIGTERM has come, for what ends at a moment of its own choosing.
+
+    More of them change nothing: a launcher sends its own to processes that a job's end has reached already. SIGINT ends
+    it at once.
+    """
     before = signal.getsignal(signal.SIGTERM)
     came = False
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal came
         came = True
-        signal.signal(signal.SIGTERM, before)
 
     signal.signal(signal.SIGTERM, note)
     try:

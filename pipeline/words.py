@@ -56,11 +56,17 @@ def compaction_in_words(folded: dict[str, Any]) -> str:
 
 
 def work_in_words(work: dict[str, Any]) -> str:
-    loss = ", ".join(f"{key} {value}" for key, value in work["loss"].items())
+    kept, in_cache = sum(work["sequences_kept"]), work["sequences_in_cache"]
+    sequences = f"{kept:,}" if kept == in_cache else f"{kept:,} of the {in_cache:,}"
+    losses = [
+        f"  {key.replace('_', ' ')} {', '.join(f'{name} {value}' for name, value in work[key].items())}\n"
+        for key in ("loss", "prompt_loss")
+        if key in work
+    ]
     return (
-        f"{work['steps']:,} steps, {work['epochs']:.2f} epochs of {work['sequences_in_cache']:,} sequences "
-        f"({work['positions_in_cache']:,} positions)\n"
-        f"  loss {loss}\n"
+        f"{work['steps']:,} steps, {work['epochs']:.2f} epochs of {sequences} sequences "
+        f"({work['positions_in_cache']:,} positions{'' if kept == in_cache else ' before the filter'})\n"
+        f"{''.join(losses)}"
         f"  lookups outside the stored top k: {work['lookups_from']}"
     )
 

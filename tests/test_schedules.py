@@ -11,13 +11,13 @@ from pydantic import ValidationError
 
 from workers.distill.config import DistillConfig, OptimizerConfig
 from workers.distill.curriculum import configs_in_turn, curriculum_of
+from workers.distill.learning_rate import learning_rate
 from workers.distill.loss_config import LossConfig
 from workers.distill.schedules import (
     WEIGHT,
     ScheduleConfig,
     SwitchConfig,
     addresses,
-    learning_rate,
     losses_in_turn,
     require_sound,
 )

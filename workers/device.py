@@ -11,7 +11,7 @@ _CPU = torch.device("cpu")
 
 
 def resolve_device(name: str, flag: str = "--device") -> torch.device:
-    """``auto`` is an accelerator torch sees, else the CPU: of several, this process's own where they are numbered.
+    """``auto`` is an accelerator torch sees, else the CPU. Of several GPUs this process's own, also for ``cuda``.
 
     Args:
         flag: what the user gave the name with.
@@ -19,8 +19,10 @@ def resolve_device(name: str, flag: str = "--device") -> torch.device:
     Raises:
         InputError: no such device here, or one that does not compute.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", _local_rank() % torch.cuda.device_count())
     if name == "auto":
-        return torch.device("cuda", _local_rank() % torch.cuda.device_count()) if torch.cuda.is_available() else _CPU
+        return _CPU
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of device types that torch is giving up

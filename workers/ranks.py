@@ -97,8 +97,13 @@ def joined(device_name: str, *, needs_group: bool = False) -> Iterator[Ranks]:
     if size == 1 and not needs_group:
         yield Ranks(device)
         return
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun; deepspeed
     if device.type == "cuda":
+        if local_size > 1 and device_name not in ("auto", "cuda"):
+            raise InputError(
+                f"--device {device_name} is one for all {local_size} ranks of this machine: leave it out, and each "
+                f"takes its own."
+            )
         if local_size > torch.cuda.device_count():
             raise InputError(
                 f"{local_size} processes were started on a machine of {torch.cuda.device_count()} GPUs: start as many "
@@ -112,8 +117,12 @@ def joined(device_name: str, *, needs_group: bool = False) -> Iterator[Ranks]:
     else:
         # Long enough for a rank to save a large student; of one that died, the launcher tells the others.
         dist.init_process_group(backend, timeout=timedelta(hours=1))
-    ranks = Ranks(device, dist.get_rank(), dist.get_world_size())
-    yield ranks
-    ranks.wait()  # one that leaves while another still reads from it aborts that
-    # Not after an error: the others would be waited for, who wait in a collective until their launcher ends them.
-    dist.destroy_process_group()
+    ranks, is_left = Ranks(device, dist.get_rank(), dist.get_world_size()), False
+    try:
+        yield ranks
+        ranks.wait()  # one that leaves while another still reads from it aborts that
+        is_left = True
+    finally:
+        # Not after an error: the others would be waited for, who wait in a collective until their launcher ends them.
+        if is_left or size == 1:
+            dist.destroy_process_group()

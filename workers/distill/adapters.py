@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from workers.distill.config_section import ConfigSection
 from workers.errors import InputError
 from workers.teacher.checkpoint import first_line
 
@@ -25,9 +26,7 @@ _ADAPTER = "default"
 _FILE_PREFIX = "base_model.model."
 
 
-class PeftConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class PeftConfig(ConfigSection):
     method: Literal["lora", "dora"] = "lora"
     """``dora`` learns the norm of each of the weight's rows beside the low-rank change."""
     r: int = Field(16, ge=1)

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from workers.distill.adapters import Part, PeftConfig, require_freezable
+from workers.distill.config_section import ConfigSection
 from workers.distill.loss_config import LossConfig
 from workers.distill.schedules import ScheduleConfig, SwitchConfig, losses_in_turn, require_sound
 from workers.distill.selection import FilterConfig
@@ -13,11 +14,7 @@ from workers.lookup.config import LookupConfig, OnMiss
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class OptimizerConfig(_Section):
+class OptimizerConfig(ConfigSection):
     """AdamW on float32 weights, with warm-up and decay of the learning rate."""
 
     name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
@@ -50,7 +47,7 @@ class OptimizerConfig(_Section):
         return self
 
 
-class EngineConfig(_Section):
+class EngineConfig(ConfigSection):
     """What the student's weights, gradients and moments are held and updated by."""
 
     name: Literal["torch", "fsdp2", "deepspeed"] = "torch"
@@ -73,7 +70,7 @@ class EngineConfig(_Section):
         return self
 
 
-class EarlyStoppingConfig(_Section):
+class EarlyStoppingConfig(ConfigSection):
     """End a run that the evaluations every ``eval_every`` steps no longer see improve."""
 
     metric: Literal["overlap@8", "kl", "loss"] = "overlap@8"
@@ -84,7 +81,7 @@ class EarlyStoppingConfig(_Section):
     """What a value must be better by to be an improvement."""
 
 
-class DistillConfig(_Section):
+class DistillConfig(ConfigSection):
     cache: tuple[str, ...] = Field(min_length=1)
     """One cache, or several that one tokenizer made."""
     weights: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...] | None = None
@@ -177,6 +174,8 @@ class DistillConfig(_Section):
     def _a_weight_a_cache(self) -> "DistillConfig":
         if self.early_stopping and not (self.eval_cache and self.eval_every):
             raise ValueError("early_stopping looks at evaluations: give eval_cache and eval_every")
+        if self.eval_every and not self.eval_cache:
+            raise ValueError("eval_every has nothing to evaluate on: give eval_cache, or leave it out")
         if self.weights is not None and len(self.weights) != len(self.cache):
             raise ValueError(f"weights has {len(self.weights)} entries for {len(self.cache)} caches: give one a cache")
         if len(set(self.cache)) != len(self.cache):

@@ -1,4 +1,4 @@
-"""What moves over a run: the learning rate, numbers of the losses, the losses themselves.
+"""What moves over a run: numbers of the losses, the losses themselves.
 
 All are functions of the step and the number of steps, so a run that is resumed finds them where they were. In a config
 steps are numbered as in ``metrics.jsonl``, from 1, or given as shares of the run; in code ``step`` is the number of
@@ -7,16 +7,14 @@ steps done before.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from workers.distill.config_section import ConfigSection
 from workers.distill.loss_config import LossConfig, Summand
 from workers.errors import InputError
 from workers.losses.loss import Parameter
-
-if TYPE_CHECKING:  # the config holds what is defined here
-    from workers.distill.config import OptimizerConfig
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Step = Annotated[int, Field(strict=True, ge=1)]
@@ -28,27 +26,7 @@ WEIGHT = "weight"
 """How a loss's weight in its sum is addressed, beside its parameters."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def learning_rate(step: int, num_steps: int, optimizer: "OptimizerConfig") -> float:
-    """Linear warm-up to the peak, then its schedule; the first step already moves the weights.
-
-    A step after the last would have ``min_lr_ratio`` of the peak.
-    """
-    given, ratio = optimizer.warmup_steps, optimizer.min_lr_ratio
-    num_warmup = round(optimizer.warmup * num_steps) if given is None else given
-    if step < num_warmup:
-        return optimizer.lr * (step + 1) / num_warmup
-    if optimizer.schedule == "constant":
-        return optimizer.lr
-    done = (step - num_warmup) / max(1, num_steps - num_warmup)
-    left = 1.0 - done if optimizer.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-    return optimizer.lr * (ratio + (1.0 - ratio) * left)
-
-
-class ScheduleConfig(_Section):
+class ScheduleConfig(ConfigSection):
     """One number of a loss that moves from ``start`` to ``end``, and keeps to them before and after."""
 
     parameter: str
@@ -73,6 +51,10 @@ class ScheduleConfig(_Section):
     def section(self) -> Section:
         return "loss" if self.parameter.startswith("loss.") else "prompt_loss"
 
+    @property
+    def mixes_steps_and_shares(self) -> bool:
+        return None not in (self.from_step, self.to_share) or None not in (self.from_share, self.to_step)
+
     @model_validator(mode="after")
     def _is_written_well(self) -> Self:
         section, *names = self.parameter.split(".")
@@ -94,13 +76,18 @@ class ScheduleConfig(_Section):
                 raise ValueError(f"{self.parameter} moves from {first:g} to {last:g}: the end must lie behind")
         return self
 
-    def value(self, step: int, num_steps: int) -> float:
-        """In one step of a run."""
-        number, first, last = step + 1, 1, num_steps
+    def span(self, num_steps: int) -> tuple[int, int]:
+        """The step it moves from, and the one it has moved by."""
+        first, last = 1, num_steps
         if self.from_step is not None or self.from_share is not None:
             first = self.from_step or 1 + round((self.from_share or 0.0) * num_steps)
         if self.to_step is not None or self.to_share is not None:
             last = self.to_step or round((self.to_share or 0.0) * num_steps)
+        return first, last
+
+    def value(self, step: int, num_steps: int) -> float:
+        """In one step of a run."""
+        number, (first, last) = step + 1, self.span(num_steps)
         if self.shape == "step":
             return self.start if number < first else self.end
         if number < first:
@@ -113,7 +100,7 @@ class ScheduleConfig(_Section):
         return self.start + (self.end - self.start) * done
 
 
-class SwitchConfig(_Section):
+class SwitchConfig(ConfigSection):
     """Another loss from one step on."""
 
     step: Annotated[int, Field(strict=True, ge=2)] | None = None
@@ -195,6 +182,17 @@ def require_in_time(schedules: Sequence[ScheduleConfig], switches: Sequence[Swit
             raise InputError(
                 f"schedule of {schedule.parameter}: from_step={schedule.from_step} is never reached, the run has "
                 f"{num_steps} steps. Lower it, or give from_share."
+            )
+        if schedule.to_step is not None and schedule.to_step > num_steps:
+            raise InputError(
+                f"schedule of {schedule.parameter}: to_step={schedule.to_step} lies behind the run's {num_steps} "
+                f"steps, so {schedule.end:g} is never reached. Lower it, or give to_share."
+            )
+        first, last = schedule.span(num_steps)
+        if schedule.mixes_steps_and_shares and first >= last:
+            raise InputError(
+                f"schedule of {schedule.parameter} moves from step {first} to step {last} of {num_steps}: the end must "
+                f"lie behind. Give both in steps, or both as shares."
             )
     before = 0
     for switch in switches:

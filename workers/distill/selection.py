@@ -20,11 +20,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from cache_schema.encoding import LABEL_COLUMN, from_steps, logit_columns
 from cache_schema.plan import Plan
 from cache_schema.reader import CacheReader
+from workers.distill.config_section import ConfigSection
 from workers.errors import InputError
 
 Floats = npt.NDArray[np.float64]
@@ -36,10 +37,8 @@ _PROBABILITIES = ("confidence", "label_probability")
 _NUM_TOKENS: WeakKeyDictionary[CacheReader, Ints] = WeakKeyDictionary()
 
 
-class FilterConfig(BaseModel):
+class FilterConfig(ConfigSection):
     """Train on the sequences that meet all of these; bounds are inclusive."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sources: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Names of the data sets that the rows came from, as the cache stores them: a file's or folder's own name."""

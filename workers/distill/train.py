@@ -19,8 +19,8 @@ from workers.distill.curriculum import Curriculum, curriculum_of
 from workers.distill.data import TrainingData
 from workers.distill.engines.engine import Engine, NotFiniteError
 from workers.distill.engines.opening import open_engine
+from workers.distill.learning_rate import learning_rate
 from workers.distill.order import Order, Pick, among
-from workers.distill.schedules import learning_rate
 from workers.distill.selection import token_counts
 from workers.distill.student import load_student
 from workers.distill.student_loss import StudentLoss
@@ -33,6 +33,10 @@ from workers.teacher.checkpoint import require_plain_head, require_vocabulary
 
 _MOST_NAMED = 8  # sequences in an error
 _DRAWS = 2  # a kind of random stream beside those of ``order``
+
+
+class NotFiniteStepError(InputError):
+    """A step's loss or gradient holds NaN or infinity; the message names the sequences."""
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Training:
         Ends early, between two steps, where a rank is asked to stop.
 
         Raises:
-            InputError: the loss or its gradient is not finite; the weights are those before the step.
+            NotFiniteStepError: on all ranks; the weights are those before the step.
         """
         for step in range(self.first_step, self.num_steps):
             started = time.perf_counter()
@@ -135,7 +139,7 @@ class Training:
         return [*(sum(counts[tier] for counts, _ in taken) for tier in TIERS), sum(number for _, number in taken)]
 
     def _refuse(self, step: int, what: str, batches: Sequence[Batch], is_finite: Sequence[bool]) -> NoReturn:
-        """Stop all ranks, with the sequences of the micro-batches that are not finite."""
+        """With the sequences of the micro-batches, of all ranks, that are not finite."""
         ids = [
             f"{self.data.readers[batch.cache][member.index].sequence.sequence_id.hex()} of "
             f"{self.data.readers[batch.cache].cache_dir.name}"
@@ -146,17 +150,11 @@ class Training:
         ]
         everyone = [name for names in self.ranks.gather(ids) for name in names]
         more = f" and {len(everyone) - _MOST_NAMED} more" if len(everyone) > _MOST_NAMED else ""
-        shown = ", ".join(everyone[:_MOST_NAMED]) + more
-
-        def refuse() -> NoReturn:
-            raise InputError(
-                f"step {step + 1}: {what}, at sequences {shown}. The weights are those before the step; lower "
-                f"optimizer.lr ({self.config.optimizer.lr:g}) or, at the first step, the weights of "
-                f"{self.curriculum.phase(step).losses[0].name} or parameters that lie far from their defaults."
-            )
-
-        self.ranks.together(refuse)
-        raise AssertionError
+        raise NotFiniteStepError(
+            f"step {step + 1}: {what}, at sequences {', '.join(everyone[:_MOST_NAMED])}{more}. The weights are those "
+            f"before the step; lower optimizer.lr ({self.config.optimizer.lr:g}) or, at the first step, the weights of "
+            f"{self.curriculum.phase(step).losses[0].name} or parameters that lie far from their defaults."
+        )
 
 
 def _seed_of(seed: int, step: int, rank: int) -> int:
@@ -188,8 +186,9 @@ def prepare(config: DistillConfig, data: TrainingData, run_dir: Path, ranks: Ran
 
         student = ranks.together(load)
         engine = open_engine(student, config, ranks)
-        checkpoint = latest_checkpoint(run_dir)
-        first_step = ranks.together(lambda: load_checkpoint(checkpoint, engine, curriculum.moving)) if checkpoint else 0
+        # One rank's answer: another's view of a shared directory may be older.
+        checkpoint = ranks.from_first(lambda: latest_checkpoint(run_dir))
+        first_step = load_checkpoint(checkpoint, engine, curriculum.moving, ranks) if checkpoint else 0
         return Training(config, data, engine, ranks, curriculum, order, num_steps, first_step, resources.pop_all())
 
 

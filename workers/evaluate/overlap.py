@@ -8,7 +8,7 @@ Shape suffixes: N = positions, C = positions of a chunk, V = vocabulary, K = ids
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,17 @@ from workers.teacher.lm_head import chunks, head_of
 
 OVERLAP_KS = (1, 8, 32)
 _SEQUENCES_PER_BATCH = 4
+T = TypeVar("T")
+
+
+class Run(Protocol):
+    """Calls what it is given with a model, in evaluation mode and without gradients."""
+
+    def __call__(self, job: Callable[[Any], T], /) -> T: ...
 
 
 def evaluate_on_cache(
-    run: Callable[[Callable[[Any], Tensor]], Tensor],
+    run: Run,
     reader: CacheReader,
     ladder: Ladder | None,
     ranks: Ranks,
@@ -40,12 +47,12 @@ def evaluate_on_cache(
     the KL without a ladder. Every rank measures a share of the sequences, and all return the same. Collective.
 
     Args:
-        run: calls what it is given with the model, in evaluation mode and without gradients.
+        run: calls what it is given with the model.
         ladder: gives the teacher's whole rows; see ``workers.lookup.opening.ladder_of_whole_rows``.
     """
     overlap_ks = [k for k in OVERLAP_KS if k <= reader.plan.top_k]
     starts = range(0, len(reader), _SEQUENCES_PER_BATCH)
-    measured: list[tuple[Tensor, list[int]]] = []
+    measured: list[tuple[Tensor, str, list[int]]] = []
     for number in range(ranks.rank, -(-len(starts) // ranks.size) * ranks.size, ranks.size):
         if number >= len(starts):
             # Ranks that have a batch left gather parameters with this one.
@@ -55,15 +62,16 @@ def evaluate_on_cache(
         batch = collate(reader, indexes, ["response"], ranks.device)
         if ladder is not None:
             ladder.expect(indexes)
-        columns = run(partial(_measure, reader=reader, batch=batch, ladder=ladder, overlap_ks=overlap_ks))
-        measured.append((columns, [len(member.stored_rows) for member in batch.parts["response"].members]))
+        columns, dtype = run(partial(_measure, reader=reader, batch=batch, ladder=ladder, overlap_ks=overlap_ks))
+        measured.append((columns, dtype, [len(member.stored_rows) for member in batch.parts["response"].members]))
         if progress:
             progress(indexes.stop, len(reader))
     by_rank = ranks.gather(measured)
     in_order = [by_rank[number % ranks.size][number // ranks.size] for number in range(len(starts))]
-    sequence_lengths = [length for _, lengths in in_order for length in lengths]
-    columns = torch.cat([columns for columns, _ in in_order])
-    return _summarise(columns, sequence_lengths, overlap_ks, has_kl=ladder is not None)
+    sequence_lengths = [length for *_, lengths in in_order for length in lengths]
+    columns = torch.cat([columns for columns, *_ in in_order])
+    summary = _summarise(columns, sequence_lengths, overlap_ks, has_kl=ladder is not None)
+    return summary | {"dtype": in_order[0][1]}
 
 
 def _hidden_states(model: Any, batch: Batch) -> Tensor:
@@ -74,8 +82,13 @@ def _hidden_states(model: Any, batch: Batch) -> Tensor:
     return hidden_ND
 
 
-def _measure(model: Any, reader: CacheReader, batch: Batch, ladder: Ladder | None, overlap_ks: Sequence[int]) -> Tensor:
-    """Columns: overlap at each k, loss, KL (0 without hidden states). float64 on the CPU [N, len(overlap_ks) + 2]"""
+def _measure(
+    model: Any, reader: CacheReader, batch: Batch, ladder: Ladder | None, overlap_ks: Sequence[int]
+) -> tuple[Tensor, str]:
+    """Columns: overlap at each k, loss, KL (0 without hidden states). float64 on the CPU [N, len(overlap_ks) + 2]
+
+    And the dtype that the model computed in.
+    """
     hidden_ND, positions = _hidden_states(model, batch), batch.parts["response"]
     head = head_of(model, reader.plan.tokenizer.vocab_size)
     parts = []
@@ -90,7 +103,7 @@ def _measure(model: Any, reader: CacheReader, batch: Batch, ladder: Ladder | Non
         teacher_ids_CK = positions.token_ids_NK[chunk]
         overlaps = [overlap_at(k, teacher_ids_CK, student_ids_CK) for k in overlap_ks]
         parts.append(torch.stack([*overlaps, loss_C.double(), kl_C.double()], 1))
-    return torch.cat(parts).cpu()
+    return torch.cat(parts).cpu(), str(hidden_ND.dtype).removeprefix("torch.")
 
 
 def overlap_at(k: int, teacher_ids_NK: Tensor, student_ids_NK: Tensor) -> Tensor:

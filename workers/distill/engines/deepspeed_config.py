@@ -45,13 +45,14 @@ _OBJECTS = (
 )  # fmt: skip
 
 
-def deepspeed_config(config: DistillConfig, *, num_ranks: int, hidden_size: int) -> dict[str, Any]:
+def deepspeed_config(config: DistillConfig, *, num_ranks: int | None, hidden_size: int) -> dict[str, Any]:
     """What ``deepspeed.initialize`` takes as ``config``.
 
     At stage 0 DeepSpeed cannot add up gradients of bfloat16 weights in float32: weights stay float32 there, for
     autocast to compute with. From stage 1 on bfloat16 is DeepSpeed's own: bfloat16 weights, float32 masters.
 
     Args:
+        num_ranks: None, before it is known, leaves out what the file says of it.
         hidden_size: of the student; sizes that a file leaves to "auto" follow from it, as in transformers.
 
     Raises:
@@ -77,7 +78,7 @@ def deepspeed_config(config: DistillConfig, *, num_ranks: int, hidden_size: int)
                 f'"auto" in the file.'
             )
     _require_scheduler(config, given)
-    return _merged(config, given, num_ranks, hidden_size)
+    return _merged(config, given, num_ranks or 1, hidden_size)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -100,17 +101,18 @@ def _read(file: Path) -> dict[str, Any]:
     return given
 
 
-def _ours(config: DistillConfig, num_ranks: int) -> Iterator[tuple[str, Any, str]]:
+def _ours(config: DistillConfig, num_ranks: int | None) -> Iterator[tuple[str, Any, str]]:
     """Every key of the file that the run sets: DeepSpeed's key, our value, our setting."""
     optimizer, engine = config.optimizer, config.engine
-    at_once = config.micro_batch_sequences * num_ranks
     yield "train_batch_size", config.sequences_per_step, "sequences_per_step"
     yield "train_micro_batch_size_per_gpu", config.micro_batch_sequences, "micro_batch_sequences"
-    yield (
-        "gradient_accumulation_steps",
-        _plain(config.sequences_per_step / at_once),
-        f"sequences_per_step (micro_batch_sequences times {num_ranks} ranks, {at_once}, are read at once)",
-    )
+    if num_ranks is not None:
+        at_once = config.micro_batch_sequences * num_ranks
+        yield (
+            "gradient_accumulation_steps",
+            _plain(config.sequences_per_step / at_once),
+            f"sequences_per_step (micro_batch_sequences times {num_ranks} ranks, {at_once}, are read at once)",
+        )
     yield "gradient_clipping", optimizer.max_grad_norm, "optimizer.max_grad_norm"
     yield "optimizer.type", "AdamW", "it to AdamW, DeepSpeed's only optimizer here"
     yield "optimizer.params.lr", optimizer.lr, "optimizer.lr"

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from workers.distill.engines.engine import T
 from workers.distill.engines.torch_engine import TorchEngine
 from workers.distill.student_loss import StudentLoss
+from workers.errors import InputError
 
 
 class FSDP2Engine(TorchEngine):
@@ -25,9 +26,14 @@ class FSDP2Engine(TorchEngine):
         policy = bfloat16 if self._dtype == "bfloat16" else MixedPrecisionPolicy()
         mesh = init_device_mesh(self._ranks.device.type, (self._ranks.size,))
         kinds = set(student.model._no_split_modules or ())
-        for module in student.model.modules():
-            if type(module).__name__ in kinds:
-                fully_shard(module, mesh=mesh, mp_policy=policy)
+        layers = [module for module in student.model.modules() if type(module).__name__ in kinds]
+        if not layers:
+            raise InputError(
+                f"engine.name=fsdp2: transformers names no layers of {type(student.model).__name__} to gather one by "
+                f"one: choose --engine deepspeed --zero-stage 3, or torch."
+            )
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(student, mesh=mesh, mp_policy=policy)
         for module in student.modules():
             if isinstance(module, FSDPModule):

@@ -1,6 +1,7 @@
 """AdamW over a student's trained parameters, whole or sharded, and an average of the weights beside its moments."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,24 +24,28 @@ def parameter_groups(parameters: Mapping[str, nn.Parameter], config: OptimizerCo
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Fused AdamW of torch, or one of bitsandbytes by ``optimizer.name``.
-
-    Raises:
-        InputError: bitsandbytes is not installed.
-    """
+    """Fused AdamW of torch, or one of bitsandbytes by ``optimizer.name``."""
     groups = parameter_groups(parameters, config)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise InputError(
-            f"optimizer.name={config.name} is one of bitsandbytes: pip install 'logit-cache[bitsandbytes]', or choose "
-            f"adamw."
-        ) from None
+    import bitsandbytes
+
     kind = getattr(bitsandbytes.optim, _OF_BITSANDBYTES[config.name])
     made: torch.optim.Optimizer = kind(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     return made
+
+
+def require_bitsandbytes(config: OptimizerConfig) -> None:
+    """Refuse an optimizer whose package is not installed; imports nothing.
+
+    Raises:
+        InputError: gives the command that installs it.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise InputError(
+            f"optimizer.name={config.name} is one of bitsandbytes: pip install 'logit-cache[bitsandbytes]', or choose "
+            f"adamw."
+        )
 
 
 @torch.no_grad()
