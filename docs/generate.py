@@ -22,6 +22,7 @@ from typer.main import get_command
 from pipeline.cli import app
 from pipeline.losses import facts_of_losses, range_in_words
 from workers.distill.config import DistillConfig
+from workers.distill.loss_config import LossConfig
 from workers.losses.catalogue import LOSSES
 from workers.teacher.config import DumpConfig
 
@@ -36,8 +37,9 @@ CLI_INTRODUCTION = """\
 
 <!-- Written by docs/generate.py from the help of every command; `make docs` writes it again. -->
 
-Results go to stdout, progress to stderr. `--json` prints one JSON object. Exit codes: 0 done; 1 an expected error, said
-in one `error:` paragraph, or damage that `verify` found; 2 wrong usage.
+Results go to stdout, progress to stderr. `--json` prints one JSON object. Exit codes: 0 done, or a `distill` that
+SIGTERM stopped at a checkpoint; 1 an expected error, said in one `error:` paragraph, or damage that `verify` found;
+2 wrong usage.
 
 `teacher-dump` and `distill` take any of the [config keys](config.md). A flag beats `--set`, and `--set` beats the file
 of `--config`.
@@ -166,42 +168,66 @@ def _tables(model: type[BaseModel], flags: dict[str, Flag]) -> Iterator[str]:
     plain = [(key, field) for key, field in model.model_fields.items() if _section(field) is None]
     if plain:
         yield _table(model, "", dict(plain), flags)
+    described: set[type[BaseModel]] = set()
     for key, field in model.model_fields.items():
         section = _section(field)
         if section is None:
             continue
-        said = docs.get(key) or inspect.cleandoc(section.__doc__ or "")
-        optional = field.default is None
-        text = f"{said}\n\n" if said and said != inspect.cleandoc(BaseModel.__doc__ or "") else ""
-        rows = _table(section, f"{key}.", section.model_fields, flags, unset=optional)
-        if section.model_config.get("extra") == "allow":
-            rows += f"| `{key}.…` | | | | a parameter of the loss, see [Losses](#losses) |\n"
-        yield f"### `[{key}]`\n\n{text}{rows}"
+        of_class = "" if section.__doc__ == BaseModel.__doc__ else inspect.cleandoc(section.__doc__ or "")
+        said = [_as_written(of_class) if of_class and section not in described else docs.get(key)]
+        described.add(section)
+        if field.default is None and section is not LossConfig:
+            said.append("Off without this section; with it, these are the defaults.")
+        heading = f"[[{key}]]" if _is_list(field) else f"[{key}]"
+        is_first = section is LossConfig and field.default is not None
+        rows = _table(section, f"{key}.", section.model_fields, flags, name_needed=not is_first)
+        yield "\n\n".join([f"### `{heading}`", *filter(None, said), rows])
 
 
 def _table(
-    model: type[BaseModel], prefix: str, fields: dict[str, FieldInfo], flags: dict[str, Flag], unset: bool = False
+    model: type[BaseModel], prefix: str, fields: dict[str, FieldInfo], flags: dict[str, Flag], name_needed: bool = False
 ) -> str:
+    header = ["| key | type | default | flag | meaning |", "|---|---|---|---|---|"]
+    return "\n".join([*header, *_rows(model, prefix, fields, flags, name_needed)]) + "\n"
+
+
+def _rows(
+    model: type[BaseModel], prefix: str, fields: dict[str, FieldInfo], flags: dict[str, Flag], name_needed: bool
+) -> Iterator[str]:
+    """Of a section, those of the sections in it among them.
+
+    Args:
+        name_needed: whether the name of a loss must be given where the loss is.
+    """
     docs = _field_docs(model)
-    lines = ["| key | type | default | flag | meaning |", "|---|---|---|---|---|"]
     for name, field in fields.items():
-        key = prefix + name
+        key, inner = prefix + name, _section(field)
+        if inner is not None:
+            if name in docs:
+                yield f"| `{key}` | table, or the name of a loss | {_default(field)} | | {_cell(docs[name])} |"
+            yield from _rows(inner, f"{key}.", inner.model_fields, flags, name_needed)
+            continue
         flag = flags.get(key)
-        default = "unset" if unset else _default(field)
+        default = "required" if name_needed and model is LossConfig else _default(field)
         meaning = docs.get(name) or (flag.help if flag else "")
         cells = [
             f"`{key}`", _type(field.annotation, field.metadata), default, f"`{flag.spelling}`" if flag else "", meaning,
         ]  # fmt: skip
-        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
-    return "\n".join(lines) + "\n"
+        yield f"| {' | '.join(_cell(cell) for cell in cells)} |"
+    if model.model_config.get("extra") == "allow":
+        yield f"| `{prefix}…` | | | | a parameter of the loss, see [Losses](#losses) |"
 
 
 def _section(field: FieldInfo) -> type[BaseModel] | None:
-    """The model a field holds, if it holds one."""
+    """The model a field holds, one or several, if it holds any."""
     for kind in (field.annotation, *get_args(field.annotation)):
         if inspect.isclass(kind) and issubclass(kind, BaseModel):
             return kind
     return None
+
+
+def _is_list(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is tuple
 
 
 def _field_docs(model: type[BaseModel]) -> dict[str, str]:
@@ -210,10 +236,14 @@ def _field_docs(model: type[BaseModel]) -> dict[str, str]:
     docs = {}
     for field, under in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(under, ast.Expr) and isinstance(under.value, ast.Constant):
-            text = " ".join(inspect.cleandoc(under.value.value).split())
-            # On the page a key is unset where in Python its field is None.
-            docs[ast.unparse(field.target)] = re.sub(r"\bNone\b", "unset", text).replace("``", "`")
+            docs[ast.unparse(field.target)] = _as_written(" ".join(inspect.cleandoc(under.value.value).split()))
     return docs
+
+
+def _as_written(docstring: str) -> str:
+    """On the page a key is unset where in Python its field is None."""
+    begins = re.sub(r"(^|\. )None\b", r"\1Unset", docstring)
+    return re.sub(r"\bNone\b", "unset", begins).replace("``", "`")
 
 
 def _type(annotation: Any, metadata: list[Any] | None = None) -> str:
