@@ -1,5 +1,6 @@
 """The commands on students: losses, distill, evaluate."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -77,6 +78,7 @@ def distill(
     from pipeline.distill import expected_work, run
     from pipeline.words import run_in_words, work_in_words
     from workers.distill.config import DistillConfig
+    from workers.errors import InputError
 
     flags = {
         "cache": cache,
@@ -106,7 +108,12 @@ def distill(
     run_dir = required(out, "--out", "the run directory to make")
     if resume and config is None and not cache and (run_dir / "config.toml").exists():
         config = run_dir / "config.toml"  # --resume --out RUN goes on with what the run was started with
-    settled = build_config(DistillConfig, config, settings or [], flags)
+    try:
+        settled = build_config(DistillConfig, config, settings or [], flags)
+    except InputError:
+        if os.environ.get("RANK", "0") != "0":  # of several ranks, the first says it
+            raise typer.Exit(1) from None
+        raise
     if dry_run:
         work = expected_work(settled)
         show(work, json_output, lambda: work_in_words(work))

@@ -164,7 +164,8 @@ def _say_where_the_rate_ends(config: DistillConfig, data: TrainingData) -> None:
 
 
 def _discard_checkpoints(config: DistillConfig, record: RunRecord) -> None:
-    if config.keep_checkpoints is None:
+    """Unless the run is told to keep some, or was when it began."""
+    if config.keep_checkpoints is None and not record.keeps_checkpoints():
         shutil.rmtree(record.run_dir / FOLDER, ignore_errors=True)
 
 

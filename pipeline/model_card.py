@@ -199,16 +199,22 @@ def _recipe_rows(
 ) -> list[tuple[str, Any]]:
     """What was done, then what the config says of how."""
     rest = {key: value for key, value in config.items() if key not in _NOT_RECIPE}
-    if config.get("engine", {}).get("name") != "deepspeed":
-        rest["engine"] = {"name": config["engine"]["name"]} if config.get("engine") else None  # the rest is DeepSpeed's
+    turns = summary.get("engines", [])
+    if all(turn["engine"] != "deepspeed" for turn in turns):
+        rest["engine"] = None  # it stands among the turns, and the rest is DeepSpeed's
     return [
         ("steps", summary.get("steps")),
         ("epochs", summary.get("epochs")),
         ("device", made_of.get("device")),
-        ("ranks", summary.get("ranks")),
+        ("engine", "; ".join(_turn_in_words(turn) for turn in turns)),
         ("stopped early", "yes" if summary.get("stopped_early") else None),
         *_leaves(rest),
     ]
+
+
+def _turn_in_words(turn: Mapping[str, Any]) -> str:
+    since = f" from step {turn['first_step']} on" if turn["first_step"] > 1 else ""
+    return f"{turn['engine']} on {turn['ranks']} rank{'s' if turn['ranks'] > 1 else ''}{since}"
 
 
 def _results(summary: Mapping[str, Any]) -> str:

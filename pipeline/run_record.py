@@ -164,6 +164,10 @@ class RunRecord:
         except OSError as error:
             raise refused(self.run_dir / METRICS_NAME, error) from error
 
+    def keeps_checkpoints(self) -> bool:
+        """Whether the run was told to when it began."""
+        return _read(self.run_dir / RUN_NAME)["config"].get("keep_checkpoints") is not None
+
     def secure(self, metrics: IO[str]) -> None:
         """Bring the records to the disk, before a checkpoint that a power cut may leave and them not.
 
@@ -223,6 +227,7 @@ class RunRecord:
             "positions_per_second": positions / seconds,
             "lookups": dict(lookups),
             "bound_share": lookups["bound"] / max(1, lookups.total()),
+            "engines": _engines(records),
             "teacher_forwards": sum(record["teacher_forwards"] for record in records)
             + sum(_read(self.run_dir / RUN_NAME)["dropped_forwards"].values()),
             "model": str(self.model_dir),
@@ -249,6 +254,16 @@ class RunRecord:
                     f"{self.run_dir} belongs to another run: its {key} is {there.get(key)}, this command's is "
                     f"{wanted[key]}. Resume with the options it was started with, or give --out another directory."
                 )
+
+
+def _engines(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What trained the run, in turn: it may go on with another engine, on another number of ranks."""
+    turns: list[dict[str, Any]] = []
+    for record in records:
+        turn = {"engine": record["engine"], "ranks": record["ranks"]}
+        if not turns or any(turns[-1][key] != turn[key] for key in turn):
+            turns.append({**turn, "first_step": record["step"]})
+    return turns
 
 
 def _made(file: Path) -> Path:

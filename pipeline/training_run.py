@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from pipeline.evaluation import HeldOut
 from pipeline.evaluations import Evaluations
@@ -50,7 +50,7 @@ class TrainingRun:
                     progress(done, training.num_steps)
             except NotFiniteStepError as error:
                 self._checkpoint(done, metrics)
-                _refuse_together(training, error)
+                ranks.refuse(error)
             self._checkpoint(done, metrics)
         return done
 
@@ -78,13 +78,3 @@ class TrainingRun:
             moving = training.curriculum.moving
             save_checkpoint(self.record.run_dir, done, training.engine, moving, training.ranks, keep=keep)
             training.ranks.from_first(lambda: self.record.keep_best(self.evaluations.best_step))
-
-
-def _refuse_together(training: Training, error: NotFiniteStepError) -> NoReturn:
-    """All ranks have it; one says it."""
-
-    def refuse() -> NoReturn:
-        raise error
-
-    training.ranks.together(refuse)
-    raise error

@@ -226,3 +226,15 @@ def test_a_run_that_names_no_stage_takes_the_file_s(tmp_path):
 def test_what_is_deepspeed_s_is_refused_for_another_engine(key):
     with pytest.raises(ValueError, match=f"engine.{key} is for DeepSpeed"):
         EngineConfig.model_validate({"name": "fsdp2", key: 1 if key == "zero_stage" else "cpu"})
+
+
+@pytest.mark.parametrize("section", ["scheduler", "zero_optimization", "bf16", "optimizer"])
+def test_null_is_as_if_it_were_left_out(write, section):
+    assert configured(write({section: None})) == configured()
+    assert configured(write({"zero_optimization": {"offload_optimizer": None}})) == configured()
+
+
+@pytest.mark.parametrize("key", ["zero_optimisation", "tensor_parallel", "elasticity", "curriculum_learning"])
+def test_a_key_that_the_run_does_not_know_is_refused(write, key):
+    with pytest.raises(InputError, match=f"zero.json: {key} is not supported"):
+        configured(write({key: {"enabled": True}}))

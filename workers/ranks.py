@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -70,6 +70,17 @@ class Ranks:
         if error is not None and failed[0] == self.rank:
             raise error
         raise SystemExit(1)
+
+    def refuse(self, error: Exception) -> NoReturn:
+        """Stop with what every rank has raised; one of them says it.
+
+        Raises:
+            Exception: that, on the first rank.
+            SystemExit: 1 on the others.
+        """
+        if self.is_first:
+            raise error
+        raise SystemExit(1) from error
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first rank makes, for all of them; ``together``. Collective."""

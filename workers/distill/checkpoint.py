@@ -57,7 +57,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
 
 def _checkpoints(run_dir: Path) -> list[Path]:
     """In the order of their steps."""
-    return sorted((run_dir / FOLDER).glob("step-*"), key=_step_of)
+    return sorted((run_dir / FOLDER).glob("step-[0-9]*[0-9]"), key=_step_of)
 
 
 def _step_of(folder: Path) -> int:

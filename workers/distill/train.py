@@ -104,6 +104,7 @@ class Training:
                 "lr": lr,
                 "sequences": len(picks),
                 "positions": int(num_positions),
+                "engine": self.config.engine.name,
                 "ranks": self.ranks.size,
                 "seconds": seconds,
                 "positions_per_second": num_positions / seconds,
@@ -185,7 +186,10 @@ def prepare(config: DistillConfig, data: TrainingData, run_dir: Path, ranks: Ran
             )  # fmt: skip
 
         student = ranks.together(load)
-        engine = open_engine(student, config, ranks)
+        try:
+            engine = open_engine(student, config, ranks)
+        except InputError as error:  # of the config, the same on every rank
+            ranks.refuse(error)
         # One rank's answer: another's view of a shared directory may be older.
         checkpoint = ranks.from_first(lambda: latest_checkpoint(run_dir))
         first_step = load_checkpoint(checkpoint, engine, curriculum.moving, ranks) if checkpoint else 0

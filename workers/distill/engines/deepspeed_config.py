@@ -33,8 +33,21 @@ _REFUSED = {
     "zero_optimization.offload_optimizer.ratio": "the optimizer is offloaded as a whole",
     "zero_optimization.offload_optimizer.super_offload": "the optimizer is AdamW's own",
     "zero_optimization.zenflow": "every weight moves at every step",
+    "zero_optimization.zero_quantized_gradients": "gradients are added up as they are",
+    "zero_optimization.zero_quantized_nontrainable_weights": "weights are gathered as they are",
+    "zero_optimization.zero_quantized_weights": "weights are gathered as they are",
 }
 """What would make the training another than the config describes, and why or what instead."""
+
+_KNOWN = frozenset({
+    "activation_checkpointing", "aio", "allreduce_always_fp32", "bf16", "comms_logger", "communication_data_type",
+    "csv_monitor", "data_types", "disable_allgather", "dump_state", "flops_profiler", "fp16",
+    "gradient_accumulation_steps", "gradient_clipping", "memory_breakdown", "optimizer", "prescale_gradients",
+    "scheduler", "steps_per_print", "tensorboard", "timers", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "wandb", "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+    "zero_optimization", *(key.partition(".")[0] for key in _REFUSED),
+})  # fmt: skip
+"""What a file may name; much else would train another student, or fail deep inside DeepSpeed."""
 
 _NEEDED = ("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm")
 """True by default; without them a gradient that is not finite would reach the weights."""
@@ -90,6 +103,13 @@ def _read(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} is not JSON: {error}.") from None
     if not isinstance(given, dict):
         raise InputError(f"{file} holds no JSON object: give a DeepSpeed configuration.")
+    given = _without(given, None)
+    unknown = sorted(given.keys() - _KNOWN)
+    if unknown:
+        raise InputError(
+            f"{file}: {unknown[0]} is not supported, or is no key of DeepSpeed's: leave it out. Supported are "
+            f"{', '.join(sorted(_KNOWN))}."
+        )
     for key in _OBJECTS:
         if not isinstance(_at(given, key), dict | None) and _at(given, key) != AUTO:
             raise InputError(f"{file}: {key} = {_shown(_at(given, key))}: must be an object.")
@@ -221,10 +241,14 @@ def _section(given: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
     """What is left to "auto" is left to DeepSpeed's defaults."""
+    return _without(section, AUTO)
+
+
+def _without(section: dict[str, Any], absent: Any) -> dict[str, Any]:
     return {
-        key: _without_auto(value) if isinstance(value, dict) else value
+        key: _without(value, absent) if isinstance(value, dict) else value
         for key, value in section.items()
-        if value != AUTO
+        if value != absent
     }
 
 

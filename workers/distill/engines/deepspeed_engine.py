@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from workers.distill.config import DistillConfig, OptimizerConfig
@@ -26,6 +27,7 @@ from workers.errors import InputError
 from workers.lookup.batch import Batch
 from workers.ranks import Ranks
 from workers.standard_output import stdout_to_stderr
+from workers.teacher.checkpoint import first_line
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -47,6 +49,7 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(ranks.device)
         hidden_size = student.model.config.get_text_config().hidden_size
         settings = deepspeed_config(config, num_ranks=ranks.size, hidden_size=hidden_size)
+        _require_known(settings["zero_optimization"], config.engine.deepspeed_config)
         self.student = student
         self._ranks = ranks
         self._max_grad_norm = config.optimizer.max_grad_norm
@@ -60,7 +63,14 @@ class DeepSpeedEngine:
         self._optimizer = _adamw(self._trained, config.optimizer, ranks.device, offloaded=offloaded)
         with stdout_to_stderr():
             deepspeed.init_distributed()
-            self._engine, *_ = deepspeed.initialize(model=student, optimizer=self._optimizer, config=settings)
+            try:
+                self._engine, *_ = deepspeed.initialize(model=student, optimizer=self._optimizer, config=settings)
+            except (deepspeed.DeepSpeedConfigError, ValidationError, AssertionError, ValueError) as error:
+                file = config.engine.deepspeed_config
+                raise InputError(
+                    f"DeepSpeed does not take {file or 'this configuration'}: {_reason(error)}. Correct it, or "
+                    f"leave the key out."
+                ) from error
         if self._stage == 3:
             self._keep_whole(head)
         if exact:
@@ -248,6 +258,21 @@ def _adamw(
         except RuntimeError as error:
             logger.warning("DeepSpeed's CPU optimizer does not build (%s); torch's takes its place.", error)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _require_known(zero: Mapping[str, Any], file: str | None) -> None:
+    """Refuse keys that DeepSpeed would leave aside without a word."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = {name for key, field in DeepSpeedZeroConfig.model_fields.items() for name in (key, field.alias)}
+    for key in sorted(zero.keys() - known):
+        raise InputError(f"{file}: zero_optimization.{key} is no key of DeepSpeed's: correct it, or leave it out.")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+    return first_line(error)
 
 
 def _import_deepspeed(device: torch.device) -> Any:
