@@ -49,6 +49,9 @@ class FSDP2Engine(TorchEngine):
         self.student.set_reshard_after_backward(last, recurse=False)
         yield
 
+    def _over_ranks(self, squared_norm: float) -> float:
+        return self._ranks.sums([squared_norm])[0]
+
     def measure(self, job: Callable[[Any], T]) -> T:
         result = super().measure(job)
         assert isinstance(self.student, FSDPModule)

@@ -54,11 +54,13 @@ class TorchEngine:
         return self._wrapped.no_sync()
 
     def step(self, lr: float) -> float:
-        parameters = [p for p in self._parameters.values() if p.grad is not None]
-        grad_norm = float(_whole(nn.utils.clip_grad_norm_(parameters, self._config.max_grad_norm)))
+        gradients = [_own_part(p.grad) for p in self._parameters.values() if p.grad is not None]
+        grad_norm = math.sqrt(self._over_ranks(_squared_norm(gradients)))
         if not math.isfinite(grad_norm):
             self._optimizer.zero_grad(set_to_none=True)
             raise NotFiniteError(grad_norm)
+        if grad_norm > self._config.max_grad_norm:
+            torch._foreach_mul_(gradients, self._config.max_grad_norm / grad_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
@@ -66,6 +68,10 @@ class TorchEngine:
         if self._config.ema_decay is not None:
             update_ema(self._optimizer, self._config.ema_decay)
         return grad_norm
+
+    def _over_ranks(self, squared_norm: float) -> float:
+        """Of the gradients on all ranks; here each has all of them."""
+        return squared_norm
 
     def measure(self, job: Callable[[Any], T]) -> T:
         self.student.eval()
@@ -96,6 +102,17 @@ class TorchEngine:
                         key: restored(self._optimizer, parameter, _as_held(parameter, optimizer[f"{name}/{key}"]))
                         for key in keys
                     }
+
+
+def _squared_norm(gradients: Sequence[Tensor]) -> float:
+    """Row by row: on a CPU torch adds up a norm in one float32, which over 28 million numbers is 0.2% too low."""
+    norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(gradient, dim=-1)) for gradient in gradients]
+    return float(torch.stack(norms).double().square().sum()) if norms else 0.0
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """What of it lies on this rank, to read and to write."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:
