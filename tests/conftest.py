@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.command_line import pipeline
+from tests.forked import Forks, forks
 from tests.tiny import CHATML, tiny_tokenizer
 from tests.tiny_models import save_tiny_llama
 
@@ -37,6 +39,13 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache_dir(teacher_dir: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished cache with hidden states, of three shards. Tests read it and never change it."""
     return dump(teacher_dir, data_file, tmp_path_factory.mktemp("caches") / "train")
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts ``pipeline`` in processes of its own, without the seconds that importing torch takes."""
+    with forks(tmp_path_factory.mktemp("commands")) as started:
+        yield started
 
 
 def dump(teacher_dir: Path, data_file: Path, out: Path, *options: str) -> Path:

@@ -1,19 +1,22 @@
 """Runs ``pipeline`` in processes forked from one that has imported everything, for tests that need many.
 
-``python -m tests.forked`` is that one. It reads JSON, line by line: to ``[arguments, environment, folder]`` it answers
-with the id of a process whose stdout and stderr are files in the folder; to an id with the exit status.
+``python -m tests.forked`` is that one. It reads JSON, line by line: to ``[arguments, environment, folder, moment]`` it
+answers with the id of a process whose stdout and stderr are files in the folder; to an id with the exit status.
 """
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.command_line import Result
 
@@ -41,13 +44,38 @@ class Forks:
     def __init__(self, parent: "subprocess.Popen[str]", folder: Path) -> None:
         self._parent, self._folder, self._count = parent, folder, 0
 
-    def start(self, *arguments: object, **environment: str) -> Forked:
-        """``pipeline ARGUMENTS`` with more variables in its environment."""
+    def start(
+        self, *arguments: object, signalled: tuple[signal.Signals, str] | None = None, **environment: str
+    ) -> Forked:
+        """``pipeline ARGUMENTS`` with more variables in its environment.
+
+        Args:
+            signalled: the signal it sends itself, and when: at the first audit event of Python's that matches, written
+                as the event and its arguments (``os.rename .*/model$``), before what the event announces.
+        """
         folder = self._folder / str(self._count)
         folder.mkdir()
         self._count += 1
-        pid = int(_ask(self._parent, [[str(argument) for argument in arguments], environment, str(folder)]))
+        pid = int(_ask(self._parent, [[str(argument) for argument in arguments], environment, str(folder), signalled]))
         return Forked(pid, folder, self._parent)
+
+    def start_ranks(self, number: int, *arguments: object, **first: Any) -> list[Forked]:
+        """So many processes of one run, as torchrun would start them.
+
+        Args:
+            first: what else ``start`` is told of the first rank.
+        """
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        ranks = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        sizes = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+        return [
+            self.start(
+                *arguments, **(first if rank == 0 else {}), **ranks, **sizes, RANK=f"{rank}", LOCAL_RANK=f"{rank}"
+            )
+            for rank in range(number)
+        ]
 
 
 @contextmanager
@@ -85,15 +113,19 @@ def _serve() -> None:
             status = os.waitstatus_to_exitcode(os.waitpid(question, 0)[1])
             _answer(status)
             continue
+        arguments, environment, folder, signalled = question
+        if arguments[0] == "distill":
+            _import_what_trains()
         pid = os.fork()
         if pid:
             _answer(pid)
             continue
-        arguments, environment, folder = question
         os.environ.update(environment)
         for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
             os.dup2(os.open(Path(folder) / name, os.O_WRONLY | os.O_CREAT), stream.fileno())
         sys.argv = ["pipeline", *arguments]
+        if signalled:
+            _send_at(*signalled)
         code = 0
         try:
             main()
@@ -102,6 +134,36 @@ def _serve() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _import_what_trains() -> None:
+    import torch._dynamo
+    import torch.distributed.fsdp  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401
+
+    import pipeline.distill
+    import pipeline.students  # noqa: F401
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with suppress(ImportError), redirect_stdout(sys.stderr):  # standard output is for answers
+        import deepspeed  # noqa: F401
+
+
+def _send_at(number: int, moment: str) -> None:
+    """Send this process a signal, once."""
+    is_moment, sent = re.compile(moment).fullmatch, False
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal sent
+        if (
+            not sent
+            and event.startswith(("open", "os.", "shutil."))
+            and is_moment(" ".join(map(str, [event, *arguments])))
+        ):
+            sent = True
+            os.kill(os.getpid(), number)
+
+    sys.addaudithook(watch)
 
 
 def _answer(number: int) -> None:

@@ -1,7 +1,9 @@
 """A run's directory: one writer at a time, gone on with from its own record, refused when its files are not its own."""
 
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from cache_schema import CacheReader
 from cache_schema.storage import exclusive
 from tests.command_line import Result, pipeline
 from tests.conftest import dump
-from tests.test_bad_input import refused
+from tests.forked import Forks
+from tests.test_bad_input import refused, snapshot
+from tests.test_kill import differences, num_lines
+from tests.test_resume import without_times
 from tests.tiny import CHATML, tiny_tokenizer
 from tests.tiny_models import save_tiny_llama, save_tiny_model
 from workers.distill import student_loss as student_loss_module
@@ -181,3 +187,103 @@ def test_a_full_disk_is_one_error_and_the_same_command_goes_on(
     again = pipeline(*command, *(["--resume"] if (tmp_path / "run" / "run.json").exists() else []))
     assert again.code == 0, again.err
     assert not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "lr", "what"),
+    [
+        (1, 1e38, "the loss is nan"),
+        (2, 1e38, "the loss is nan"),
+        (2, 1e30, r"the gradient norm is nan, the loss \d+\.\d+"),
+    ],
+)
+def test_what_is_not_finite_stops_a_run_before_the_weights_change(
+    cache_dir: Path, teacher_dir: Path, commands: Forks, tmp_path: Path, num_ranks: int, lr: float, what: str
+) -> None:
+    """A first step as large as that leaves weights that overflow in the second."""
+    run = tmp_path / "run"
+    command = [
+        "distill", "--cache", cache_dir, "--student", teacher_dir, "--out", run, "--dtype", "float32", "--loss", "sft",
+        "--steps", 4, "--device", "cpu", "--set", f"optimizer.lr={lr}", "--set", "checkpoint_every=1", "--resume",
+    ]  # fmt: skip
+    first, *others = [rank.wait() for rank in commands.start_ranks(num_ranks, *command)]
+    assert [rank.code for rank in (first, *others)] == [1] * num_ranks
+    printed = "".join(rank.err for rank in (first, *others))
+    assert len(re.findall(rf"error: step 2: {what}, at sequences ", printed)) == 1
+    assert "Traceback" not in printed
+    assert f"The weights are those before the step; lower optimizer.lr ({lr:g})" in printed
+    named = re.findall(r"([0-9a-f]{32,}) of train", printed)
+    in_cache = {entry.sequence.sequence_id.hex() for entry in CacheReader(cache_dir)}
+    assert 0 < len(named) <= 8
+    assert len(set(named)) == len(named)
+    assert set(named) <= in_cache
+    assert num_lines(run / "metrics.jsonl") == 1
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000001"]
+    before = snapshot(run)
+    assert all(rank.wait().code == 1 for rank in commands.start_ranks(num_ranks, *command))
+    assert snapshot(run) == before
+
+
+def test_a_gradient_whose_norm_overflows_stops_a_run_too(cache_dir: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    """The loss is 1e25 times another, and the squares of its gradient are beyond float32."""
+    result = distill(cache_dir, teacher_dir, tmp_path / "run", "--loss", "1e25*sft", "--set", "checkpoint_every=1")
+    assert result.code == 1
+    assert re.search(
+        r"error: step 1: the gradient norm is inf, the loss \d\.\d+e\+25, at sequences [0-9a-f]+ of", result.err
+    )
+    assert "the weights of 1e25*sft" in result.err
+    assert num_lines(tmp_path / "run" / "metrics.jsonl") == 0
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+CURRICULUM = """
+[filter]
+max_tokens = {max_tokens}
+
+[loss]
+name = "t_ld+s_ld"
+
+[[schedule]]
+parameter = "loss.s_ld.weight"
+start = 0.0
+end = 1.0
+to_step = 4
+
+[[switch]]
+step = 7
+loss = {{ name = "taid" }}
+"""
+
+
+def test_a_run_of_a_filter_schedules_and_a_switch_resumes_on_either_side_of_it(
+    cache_dir: Path, teacher_dir: Path, commands: Forks, tmp_path: Path
+) -> None:
+    lengths = sorted(len(entry.sequence.input_ids) for entry in CacheReader(cache_dir))
+    config = tmp_path / "curriculum.toml"
+    config.write_text(CURRICULUM.format(max_tokens=lengths[len(lengths) // 2]))
+    command = [
+        "distill", "--config", config, "--cache", cache_dir, "--student", teacher_dir, "--student-layers", "0,2",
+        "--steps", 12, "--dtype", "float32", "--device", "cpu", "--set", "checkpoint_every=3", "--json", "--out",
+    ]  # fmt: skip
+    kept = sum(length <= lengths[len(lengths) // 2] for length in lengths)
+    work = pipeline(*command, tmp_path / "none", "--dry-run").json
+    assert (work["sequences_kept"], work["sequences_in_cache"]) == ([kept], len(lengths))
+    assert 0 < kept < len(lengths)
+
+    assert pipeline(*command, tmp_path / "undisturbed").code == 0
+    records = without_times(tmp_path / "undisturbed")
+    assert [record["loss_name"] for record in records] == ["t_ld+s_ld"] * 6 + ["taid"] * 6
+    weights = [record["scheduled"]["loss.s_ld.weight"] for record in records[:6]]
+    assert weights == pytest.approx([0, 1 / 3, 2 / 3, 1, 1, 1])
+    assert all("scheduled" not in record for record in records[6:])
+    assert ["taid_t" in record for record in records] == [False] * 6 + [True] * 6
+    assert records[0]["terms"][1] == 0
+    assert {record["sequences"] for record in records} <= {8, kept % 8}
+
+    for last in (6, 9):  # the checkpoints that are not published when it is killed
+        run = tmp_path / f"killed-{last}"
+        moment = (signal.SIGKILL, rf"os.rename .*/\.step-{last:06d}.*")
+        assert commands.start(*command, run, signalled=moment).wait().code == -signal.SIGKILL
+        assert commands.start(*command, run, "--resume").wait().code == 0
+        assert without_times(run) == records
+        assert differences(run / "model", tmp_path / "undisturbed" / "model") == []
