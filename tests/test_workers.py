@@ -251,7 +251,10 @@ def test_a_directory_that_changes_under_a_worker_is_one_error(teacher_dir: Path,
 
     def remove(progress: Progress) -> None:
         if progress.shards == 1 and folder.exists():
-            shutil.rmtree(folder) if what == "everything" else (folder / what).unlink(missing_ok=True)
+            # The writer may make and move a file meanwhile, which stays then; the plan does not.
+            shutil.rmtree(folder, ignore_errors=True) if what == "everything" else (folder / what).unlink(
+                missing_ok=True
+            )
 
     gone = "plan.json" if what == "everything" else what
     with pytest.raises(CacheCorruptError, match=rf"{gone} is gone: the directory was changed while .*give another"):
