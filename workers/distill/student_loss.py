@@ -48,7 +48,8 @@ class StudentLoss(nn.Module):
     def share(self, batch: Batch, terms: Sequence[ScaledTerm]) -> tuple[Tensor, Tensor]:
         """The batch's share of the step's loss: of each term, the sum of its values times its scale.
 
-        Under autocast, losses on leading ids read logits of float32 weights, losses on whole rows of bfloat16 ones.
+        Under autocast, losses on leading ids read logits of the weights as the engine holds them (float32 under DDP,
+        bfloat16 under FSDP2 and ZeRO-1 to 3), losses on whole rows of bfloat16 ones.
 
         Args:
             terms: scaled for the whole step, all its micro-batches and ranks.
