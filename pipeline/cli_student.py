@@ -109,7 +109,7 @@ def distill(
     if resume and config is None and not cache and (run_dir / "config.toml").exists():
         config = run_dir / "config.toml"  # --resume --out RUN goes on with what the run was started with
     try:
-        settled = build_config(DistillConfig, config, settings or [], flags)
+        settled = build_config(DistillConfig, config, settings or [], flags, exclusive="engine")
     except InputError:
         if os.environ.get("RANK", "0") != "0":  # of several ranks, the first says it
             raise typer.Exit(1) from None

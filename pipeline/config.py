@@ -12,23 +12,34 @@ from workers.errors import InputError
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def build_config(model: type[Model], file: Path | None, settings: Sequence[str], flags: Mapping[str, Any]) -> Model:
+def build_config(
+    model: type[Model],
+    file: Path | None,
+    settings: Sequence[str],
+    flags: Mapping[str, Any],
+    *,
+    exclusive: str | None = None,
+) -> Model:
     """Validate the merged keys, reporting every mistake at once.
 
     Args:
         settings: ``key=value`` with dotted keys; the value is TOML, or a string where it is no TOML.
         flags: dotted keys to values; None means the flag was not given.
+        exclusive: a section whose keys are of its ``name`` alone: the file's goes where a flag names another.
 
     Raises:
         InputError: the file cannot be read, a setting has no ``=``, or keys or values are wrong.
     """
     values = _read_toml(file) if file else {}
+    if exclusive is not None:
+        there, named = values.get(exclusive), flags.get(f"{exclusive}.name")
+        if isinstance(there, dict) and named is not None and there.get("name", named) != named:
+            del values[exclusive]
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise InputError(f"--set {setting}: write key=value, for instance --set optimizer.lr=1e-4.")
         _assign(values, key.strip(), _parse(text.strip()))
-    _leave_other_engine(values, flags)
     for key, value in flags.items():
         if value is not None:
             _assign(values, key, value)
@@ -39,13 +50,6 @@ def build_config(model: type[Model], file: Path | None, settings: Sequence[str],
         return model.model_validate(values)
     except ValidationError as error:
         raise InputError(_explain(error)) from None
-
-
-def _leave_other_engine(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
-    """An engine named by its flag needs nothing of what a file, a run's own perhaps, says of another."""
-    given, named = values.get("engine"), flags.get("engine.name")
-    if named is not None and isinstance(given, dict) and given.get("name", "torch") != named:
-        values["engine"] = {}
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from pipeline.config import build_config
 from workers.distill.config import DistillConfig, EngineConfig
 from workers.distill.engines.deepspeed_config import deepspeed_config
 from workers.errors import InputError
@@ -238,3 +239,11 @@ def test_null_is_as_if_it_were_left_out(write, section):
 def test_a_key_that_the_run_does_not_know_is_refused(write, key):
     with pytest.raises(InputError, match=f"zero.json: {key} is not supported"):
         configured(write({key: {"enabled": True}}))
+
+
+@pytest.mark.parametrize(("flag", "stage"), [("deepspeed", 3), (None, 3), ("fsdp2", None)])
+def test_a_flag_for_another_engine_leaves_the_file_s_keys_behind(tmp_path, flag, stage):
+    file = tmp_path / "config.toml"
+    file.write_text('cache = "c"\nstudent = "s"\n[engine]\nname = "deepspeed"\nzero_stage = 3\n', encoding="utf-8")
+    config = build_config(DistillConfig, file, [], {"engine.name": flag}, exclusive="engine")
+    assert (config.engine.name, config.engine.zero_stage) == (flag or "deepspeed", stage)
