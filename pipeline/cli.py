@@ -3,8 +3,9 @@
 torch and transformers are imported inside the commands, so that ``--help`` answers at once.
 """
 
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -32,6 +33,22 @@ for command in (estimate, teacher_dump, inspect, verify, compact, losses, distil
 
 def main() -> None:
     """Entry point: expected errors become one paragraph on stderr and exit code 1."""
+    try:
+        _run_command()
+    except SystemExit as stop:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _leave_at_once(stop.code)
+        raise
+
+
+def _leave_at_once(code: str | int | None) -> NoReturn:
+    """Without the interpreter's last rites, in which threads of gloo or DeepSpeed have aborted ranks that were done."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _run_command() -> None:
     try:
         app()
     except Exception as error:

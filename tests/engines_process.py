@@ -10,6 +10,7 @@ gathers: of each step, how many numbers each all-gather brought together; in JSO
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,5 @@ class _Gathers(TorchDispatchMode):
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # as the command line leaves

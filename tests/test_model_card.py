@@ -130,9 +130,13 @@ def test_deepspeed_s_settings_stand_where_it_ran(run_dir: Path, cache_dir: Path)
     document["config"]["engine"] = {"name": "torch", "zero_stage": 2}
     assert "zero_stage" not in _card_of(document, run_dir, reader)
     document["config"]["engine"] = {"name": "deepspeed", "zero_stage": 3, "deepspeed_config": "/home/me/zero.json"}
+    document["summary"]["engines"] = [
+        {"engine": "torch", "ranks": 1, "first_step": 1}, {"engine": "deepspeed", "ranks": 2, "first_step": 3}
+    ]  # fmt: skip
     rows = _rows(_card_of(document, run_dir, reader))
     assert rows["Recipe", "engine.zero_stage"] == "3"
     assert rows["Recipe", "engine.deepspeed_config"] == "zero.json"
+    assert rows["Recipe", "engine"] == "torch on 1 rank; deepspeed on 2 ranks from step 3 on"
 
 
 def test_a_folder_is_named_as_on_the_hub_where_it_says_so(tmp_path: Path) -> None:
