@@ -27,6 +27,8 @@ def stored_plan(cache_dir: Path, plan: Plan) -> Plan | None:
         stored = read_json(cache_dir / PLAN_NAME, Plan)
     except (FileNotFoundError, NotADirectoryError):
         if cache_dir.exists() and (not cache_dir.is_dir() or any(_foreign(cache_dir))):
+            if (cache_dir / PLAN_NAME).exists():  # another worker has begun the dump meanwhile
+                return stored_plan(cache_dir, plan)
             raise CacheMismatchError(f"{cache_dir} exists and holds no cache: give --out a new directory.") from None
         return None
     require_same_plan(cache_dir, stored, _settled_as(stored, plan))
