@@ -40,7 +40,8 @@ def save_models(
         evaluations.add(done, after)
     best_is_last = evaluations.best_step == done
     training.ranks.from_first(lambda: record.keep_best(None if best_is_last else evaluations.best_step))
-    assert evaluations.best_step is not None
+    if evaluations.best_step is None:  # none was finite
+        return said
     model = record.model_dir if best_is_last else record.best_model_dir(evaluations.best_step)
     best = {"step": evaluations.best_step, evaluations.metric: evaluations.best_value, "model": str(model)}
     return said | {"best": best}

@@ -1,6 +1,7 @@
 """The best student of a run, and the end of one that improves no more."""
 
 import json
+import math
 import shutil
 import signal
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 
 import pytest
 
+from pipeline.evaluations import Evaluations
 from tests.command_line import Result, pipeline
 from tests.conftest import dump
 from tests.forked import Forks
 from tests.test_kill import differences
 from tests.test_resume import without_times
+from workers.distill.config import EarlyStoppingConfig
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +177,9 @@ def test_with_too_few_ids_for_an_overlap_the_best_is_that_of_the_least_loss(
 
 def differences_of(run: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+
+def test_evaluations_that_are_not_finite_are_never_the_best() -> None:
+    evaluations = Evaluations("loss", EarlyStoppingConfig(metric="loss", patience=2))
+    assert [evaluations.add(step, {"loss": math.nan}) for step in (1, 2)] == [False, False]
+    assert (evaluations.best_step, evaluations.are_over) == (None, True)

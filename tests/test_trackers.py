@@ -24,7 +24,7 @@ from pipeline.trackers import TRACKERS_NAME, TrackerName, open_trackers, require
 from workers.errors import InputError
 
 CONFIG = {"student": "gpt2", "steps": None, "loss": {"name": "bild"}, "cache": ["caches/train"], "epochs": 2}
-SUMMARY = {"run": "/tmp/run", "steps": 7, "loss": 0.5, "eval": {"overlap": {"1": 0.5, "8": None}}, "eval_before": None}
+SUMMARY = {"run": "runs/one", "steps": 7, "loss": 0.5, "eval": {"overlap": {"1": 0.5, "8": None}}, "eval_before": None}
 PARTS = ((0, 4, "kill"), (2, 5, "stop"), (5, 7, "finish"))
 """Steps done before, last step, end: the second goes on from a checkpoint, so steps 3 and 4 are done again."""
 Curve = list[tuple[int, float]]

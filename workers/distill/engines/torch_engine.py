@@ -105,7 +105,7 @@ class TorchEngine:
 
 
 def _squared_norm(gradients: Sequence[Tensor]) -> float:
-    """Row by row: on a CPU torch adds up a norm in one float32, which over 28 million numbers is 0.2% too low."""
+    """Row by row: on a CPU torch adds up a norm in one float32, which over millions of numbers comes out too low."""
     norms = [torch.linalg.vector_norm(torch.linalg.vector_norm(gradient, dim=-1)) for gradient in gradients]
     return float(torch.stack(norms).double().square().sum()) if norms else 0.0
 
